@@ -212,7 +212,7 @@ def lost():
 
 on_ray.check_own_ray = lost
 on_ray._WAKE_EVERY, on_ray._END_SECONDS = 0.2, 2.0
-on_ray._Follower(SimpleNamespace(out=Path(), steps=1), None, watch=True)
+on_ray._Follower(SimpleNamespace(out=Path(), steps=1, on_progress=None), watch=True)
 while True:
     try:
         threading.Event().wait()
@@ -230,12 +230,12 @@ def test_a_training_that_no_signal_ends_is_ended_after_its_ray_is_lost() -> None
 @pytest.mark.timeout(60)
 def test_a_training_that_waits_for_a_lock_is_woken_when_its_ray_is_lost(tmp_path: Path) -> None:
     """Only a real signal does that."""
-    plan: Any = SimpleNamespace(out=tmp_path, steps=1)
+    plan: Any = SimpleNamespace(out=tmp_path, steps=1, on_progress=None)
     lock = threading.Lock()
     lock.acquire()
     error = IncompleteError("Ray on this machine has lost its raylet")
     with mock.patch.object(on_ray, "check_own_ray", side_effect=error), interruptible():
-        follower = on_ray._Follower(plan, None, watch=True)
+        follower = on_ray._Follower(plan, watch=True)
         with pytest.raises(KeyboardInterrupt):
             lock.acquire()
         follower.stop()

@@ -637,7 +637,7 @@ def test_runs_on_ray_survive_killed_workers_and_a_failing_neighbour(
 @pytest.mark.end_to_end
 def test_a_cluster_without_what_a_run_needs_is_told(ray: None) -> None:
     with pytest.raises(UsageError, match="has 0 GPUs, a run needs 1"):
-        RayPool(workers=None, gpus=1, address=None, items=3)
+        RayPool(SweepOptions("g", "o", gpus_per_run=1), 3)
 
 
 def test_the_last_line_is_found_from_the_end(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class RunFolder:
 
         Args:
             path: the folder.
-            result_file: name of the JSON file that states what it holds.
+            result_file: see the class.
             noun: what it is, in messages: "a sweep of kdcache".
             ours: patterns of what the work writes besides that file.
         """
@@ -84,8 +84,6 @@ class TrainProgress:
     """The progress of a run.
 
     Attributes:
-        step: steps done.
-        steps: steps of the run.
         epoch: passes over the caches, with the part of the present one.
         seconds: training time so far, over all sittings of the run.
         logs: what was just logged: losses, learning rate, or metrics of an evaluation (`eval_...`).
@@ -103,9 +101,6 @@ class TrainResult:
     """The result of a run.
 
     Attributes:
-        out: folder of the run, and of the student.
-        steps: steps of the whole run.
-        epochs: passes over the caches.
         rows: rows trained on, over all epochs.
         loss: last logged training loss, alpha and T as they were then.
         hard_loss: its cross-entropy with the hard labels, a labelled position (of scores the
@@ -117,9 +112,7 @@ class TrainResult:
         eval: metrics of the student on the evaluation caches.
         best_step: step of the checkpoint that became the student, where there were evaluations;
             None where the figure that selects it was defined in none: it is then the last one.
-        seconds: wall time of training, over all sittings.
-        parameters: parameters of the student.
-        trained: how many of them training changes.
+        trained: how many of the parameters training changes.
         vocabulary: ids of the student's own tokenizer; None where it reads the cache's ids.
         unknown: share of that tokenizer's tokens of the training texts that are unknown; None where
             its vocabulary has no unknown.
@@ -137,7 +130,6 @@ class TrainResult:
         one_answer: figures of one answer for all (`kdcache.student.one_answer`), by the names of
             `eval`: on the labels of the evaluation caches, or else of the training caches.
         warning: where the student is hardly better than that: what was compared, what to change.
-        task: of the caches.
         made: False where the run was finished before and nothing was done.
     """
 

@@ -54,11 +54,6 @@ def with_lora(
     The adapter's random weights come from torch's global state.
 
     Args:
-        student: with its weights.
-        lora: the adapter.
-        name: of the student, as the user gave it.
-        files: of the student.
-        info: the cache's side.
         new: names of the student's weights that its files lack.
 
     Returns:

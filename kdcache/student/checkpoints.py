@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from kdcache.errors import UsageError
 from kdcache.files import inner, sync_folder, sync_tree, write_json
@@ -391,15 +391,11 @@ class _FolderCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: CheckpointingTrainer) -> None:
         self._trainer = trainer
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         if args.should_save and args.save_total_limit:
             self._trainer._rotate(Path(args.output_dir), args.save_total_limit)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         self._trainer._watch = Watch(args.device)
         if not (args.load_best_model_at_end and state.best_global_step):
             return

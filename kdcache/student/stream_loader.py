@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate.utils import recursively_apply, send_to_device
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from kdcache.stream import Batch, TargetStream
 from kdcache.tasks import TASKS, positions
@@ -60,16 +60,12 @@ class CursorCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer  # a `DistillationTrainer`
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Continue the window of logging that a checkpoint was taken in."""
         if self._trainer.streams:
             self._trainer.begin_window()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Count the step, and set the epoch by the stream's cursor."""
         trainer = self._trainer
         trainer.end_anchors_step()

@@ -51,9 +51,6 @@ class StudentInfo:
         num_labels: outputs: classes of a classifier, 1 of a score.
         label_names: names of classes, in order.
         pad_id: id of padding in the cache's batches.
-        bos_id: begin-of-sequence id of the cache's tokenizer.
-        eos_id: end-of-sequence id.
-        max_length: longest row, in tokens.
         texts: training texts for a word vocabulary; read once.
         tokenizer: the cache's tokenizer, to compare with a student's own.
         across: whether vocabulary and tokenizer are the student's and not the cache's.
@@ -145,11 +142,6 @@ def student_tokenize(
     A module may bring a method `tokenize`, a new bilstm its words, a folder its tokenizer (none is
     needed if it is the cache's).
 
-    Args:
-        student: what `load_student` returned for `name`.
-        name: see `load_student`.
-        info: the cache's side.
-        trust_remote_code: run code that the folder brings.
     """
     if not TASKS[info.task].rereads:
         return None

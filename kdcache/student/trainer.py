@@ -115,10 +115,10 @@ class DistillationTrainer(CheckpointingTrainer):
         """Set up.
 
         Args:
-            args: as for the HF Trainer.
+            args: as for the HF Trainer, like `kwargs`.
             alpha: weight of the hard loss at each step; None leaves the model's.
             identity: facts that a resumed run must share with the one that made the checkpoint.
-            kwargs: as for the HF Trainer.
+            kwargs: see `args`.
         """
         super().__init__(*args, **kwargs)
         for noisy in (PrinterCallback, ProgressCallback):

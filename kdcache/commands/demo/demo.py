@@ -47,7 +47,6 @@ from kdcache.commands.train.train import train
 from kdcache.errors import UsageError, install_command, installed
 from kdcache.files import alone, local_path, try_output, write_json
 from kdcache.humanize import counted, duration, size
-from kdcache.metrics import ModelScores
 from kdcache.plots import Chart, Level, Line, plot_charts
 from kdcache.teacher import quiet_transformers
 
@@ -58,13 +57,9 @@ class StudentScores:
 
     Attributes:
         name: what it was trained on, and its architecture.
-        architecture: the model type of its config.
-        parameters: numbers in its weights.
         cross_entropy: held out, nats per position.
-        perplexity: its exponential.
         kl: KL(teacher || student) held out, nats per position, exact.
         steps: steps of its training; None for the teacher.
-        train_seconds: wall time of its training.
         teacher_seconds: cost of running the teacher during its training, at the speed of the build.
     """
 
@@ -84,11 +79,9 @@ class DemoResult:
     """The outcome of a demo.
 
     Attributes:
-        out: its folder.
         folders: in it, the training cache and the students.
         plot: the PNG of the held-out losses; None without matplotlib.
         models: the teacher, then the students.
-        positions: positions in the training cache.
         bytes_per_position: of its shards, rows included.
         teacher_seconds: what the build spent in the teacher, summed over workers: paid once.
         seconds: wall time of each step when it was made, by name.
@@ -371,17 +364,20 @@ class _Demo:
                     teacher=self._path("teacher"),  # live: sparse targets do not give KL
                 )
             )
-        teacher, *scores = result.models
         a_pass = self.state["teacher_seconds"]
-        models = [
-            self._scores(
-                "teacher (Llama)", "llama", teacher, None, self.state["seconds"]["teacher"], None
-            )
+        rows: list[tuple[str, str, int | None, float, float | None]] = [
+            ("teacher (Llama)", "llama", None, self.state["seconds"]["teacher"], None)
         ]
-        for plan, run, found in zip(_STUDENTS, students, scores, strict=True):
+        for plan, run in zip(_STUDENTS, students, strict=True):
             beside = a_pass * run.rows / cache.rows if plan.distilled else 0.0
-            architecture = plan.config["model_type"]
-            models.append(self._scores(plan.name, architecture, found, run, run.seconds, beside))
+            rows.append((plan.name, plan.config["model_type"], run.steps, run.seconds, beside))
+        models = []
+        for (name, architecture, *own), found in zip(rows, result.models, strict=True):
+            nats, many = found.cross_entropy, found.parameters
+            assert nats is not None
+            assert many is not None
+            figures: tuple[Any, ...] = (many, nats, math.exp(nats), found.kl, *own)
+            models.append(StudentScores(name, architecture, *figures))
         plot = self.out / "losses.png"
         drawn = f"plot in {plot}"
         if installed("plot"):
@@ -399,29 +395,6 @@ class _Demo:
             seconds=dict(self.state["seconds"]),
             reused=tuple(self.reused),
             folders=tuple(map(self._path, ("train-cache", *(s.folder for s in _STUDENTS)))),
-        )
-
-    def _scores(
-        self,
-        name: str,
-        architecture: str,
-        found: ModelScores,
-        run: TrainResult | None,
-        train_seconds: float,
-        teacher_seconds: float | None,
-    ) -> StudentScores:
-        assert found.cross_entropy is not None
-        assert found.parameters is not None
-        return StudentScores(
-            name=name,
-            architecture=architecture,
-            parameters=found.parameters,
-            cross_entropy=found.cross_entropy,
-            perplexity=math.exp(found.cross_entropy),
-            kl=found.kl,
-            steps=None if run is None else run.steps,
-            train_seconds=train_seconds,
-            teacher_seconds=teacher_seconds,
         )
 
     def _plot(self, path: Path, teacher: float) -> None:

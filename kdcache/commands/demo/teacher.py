@@ -44,11 +44,8 @@ class TeacherSizes:
     """The sizes of the teacher, and the length of its training.
 
     Attributes:
-        vocab_size: ids of the tokenizer.
         max_length: tokens it reads at most.
         hidden: width of its states.
-        layers: number of its layers.
-        heads: attention heads a layer.
         epochs: passes over the training documents.
         seed: of its weights and of the order.
     """
@@ -135,9 +132,6 @@ def make_teacher(
     Args:
         train: documents to learn from.
         held_out: documents to stop by.
-        tokenizer: folder of the tokenizer.
-        folder: where the teacher goes.
-        sizes: see `TeacherSizes`.
         report: called after each evaluation with step, steps and held-out cross-entropy.
     """
     from transformers import AutoTokenizer

@@ -94,27 +94,18 @@ class FinetuneResult:
     """The result of a fine-tuning.
 
     Attributes:
-        out: folder of the teacher.
         label_names: its classes, in the order of the logits; none of a score, and of targets.
-        rows: labelled rows trained on.
         unlabelled: rows left out because they had no label.
         truncated: texts that were cut at `max_length`.
-        trained: parameters that were trained.
-        parameters: parameters in all.
-        steps: steps of the run.
         loss: mean training loss.
-        accuracy: on the evaluation corpus, 0 to 1; None without one.
-        f1: on the evaluation corpus: of entities, where the classes are their tags; else of class 1
+        accuracy: on the evaluation corpus, 0 to 1, as all that follow; None without one.
+        f1: of entities, where the classes are their tags; else of class 1
             where there are two, or the mean over classes.
-        micro_f1: of several labels a text, on the evaluation corpus.
+        micro_f1: of several labels a text.
         average_precision: the same without a threshold, over all rows and classes.
-        pearson: of scores, on the evaluation corpus.
-        spearman: the same of their ranks.
-        mse: mean squared error of scores.
-        cross_entropy: of the tokens of targets, on the evaluation corpus, in nats.
+        cross_entropy: of the tokens of targets, in nats.
         max_length: tokens of the longest row, at which `build` lets the teacher answer.
         max_source_length: likewise of a source.
-        seconds: wall time of training.
         warning: where the model is hardly better than one answer for all; see `TrainResult`.
         made: False where the folder was finished before and nothing was done.
     """

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kdcache.commands.evaluate.tally import make_tally
@@ -201,18 +201,7 @@ def make_trainer(
     on_progress: Callable[[TrainProgress], None] | None,
     report: Callable[[str], None] = lambda line: None,
 ) -> FinetuneTrainer:
-    """The trainer of a fine-tuning.
-
-    Args:
-        options: what was asked for.
-        model: to be trained.
-        tokenizer: its tokenizer, for the padding id.
-        rows: labelled rows to train on.
-        tests: labelled rows to evaluate on after each epoch, or none.
-        run: folder of the checkpoints.
-        on_progress: called at every logged step.
-        report: takes lines about slow steps.
-    """
+    """The trainer of a fine-tuning, which evaluates on `tests`, if any, after each epoch."""
     usual = 2e-4 if options.lora else 5e-5 if options.train_last is None else 1e-3
     kind = TASKS[options.task]
     rate = options.learning_rate or usual
@@ -265,9 +254,7 @@ def make_trainer(
 
 
 class _EpochProgress(ReportProgress):
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Log before each checkpoint, so that no line spans a resume."""
         control.should_log = True
 

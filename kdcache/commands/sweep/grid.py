@@ -48,7 +48,7 @@ _NOT_OURS = {
     "address": "the sweep has its own --address",
 }
 _PATHS = ("student", "cache", "eval_cache", "embeddings", "init_from")
-_ANY = "-"
+ANY = "-"  # the value of an option that a student does not depend on
 _LONGEST_NAME = 100
 
 
@@ -118,7 +118,7 @@ class Grid:
             try:
                 run = _run({**fixed, **dict(zip(crossed, values, strict=True))}, setting, opened)
             except UsageError as error:
-                here = " ".join(f"{_option(name)}={text}" for name, text in setting.items())
+                here = " ".join(f"{option_name(name)}={text}" for name, text in setting.items())
                 for line in str(error).splitlines():
                     problems.setdefault(line, []).append(here)
             else:
@@ -167,7 +167,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, list[Any]], list[s
         if name in fixed:
             wrong.append(f"{key} is given twice, under `grid` and outside of it. Remove one.")
     for name in _NOT_OURS.keys() & {*fixed, *crossed}:
-        wrong.append(f"{_option(name)} cannot be used in a grid: {_NOT_OURS[name]}.")
+        wrong.append(f"{option_name(name)} cannot be used in a grid: {_NOT_OURS[name]}.")
         fixed.pop(name, None)
         crossed.pop(name, None)
     return fixed, crossed, wrong
@@ -188,7 +188,7 @@ def _run(values: Mapping[str, Any], setting: Mapping[str, str], opened: Any) -> 
     if wrong:
         raise UsageError("\n".join(wrong))
     options, setting = _without_idle(options, setting)
-    plan = RunPlan.make(options, opened)
+    plan = RunPlan.make(options, opened=opened)
     key = _key(plan)
     return GridRun(key, _name(setting, key), setting, plan.options, plan)
 
@@ -204,7 +204,7 @@ def _without_idle(
             idle["divergence"] = None
     elif options.divergence == "mse" and "temperature" in setting:
         idle = {"temperature": 1.0}
-    shown = {name: _ANY if name in idle else text for name, text in setting.items()}
+    shown = {name: ANY if name in idle else text for name, text in setting.items()}
     return dataclasses.replace(options, **idle), shown
 
 
@@ -220,9 +220,9 @@ def _key(plan: RunPlan) -> str:
 
 def _name(setting: Mapping[str, str], key: str) -> str:
     words = [
-        value if name in _PATHS else f"{_option(name)}{value}"
+        value if name in _PATHS else f"{option_name(name)}{value}"
         for name, value in setting.items()
-        if value != _ANY
+        if value != ANY
     ]
     readable = re.sub(r"[^\w.+-]+", "_", "-".join(words))[:_LONGEST_NAME]
     return f"{readable}-{key[:8]}"
@@ -255,5 +255,6 @@ def _text(value: Any) -> str:
     return f"{value:.12g}" if isinstance(value, float) else redact(str(value))
 
 
-def _option(name: str) -> str:
+def option_name(name: str) -> str:
+    """An option as it is typed."""
     return name.replace("_", "-")

@@ -37,6 +37,7 @@ from torch.nn import functional
 
 from kdcache.cache import Cache
 from kdcache.commands.run_folder import TrainResult
+from kdcache.commands.sweep.grid import ANY, option_name
 from kdcache.errors import install_command, installed
 from kdcache.files import write_json, write_text
 from kdcache.loss import INDEPENDENT
@@ -54,17 +55,12 @@ class RunScore:
     """The figures of one run.
 
     Attributes:
-        name: its folder below `runs/`.
-        out: its folder.
         setting: value of each crossed option but the seed; `-` where it has no part.
         seed: its seed, where seeds are crossed.
         figures: that of the task, such as `accuracy`, `hard_loss`, `soft_loss` or
             `soft_cross_entropy`, and `loss`, as far as they are known: of the best checkpoint on
             the evaluation caches; without such, the last logged of training.
-        parameters: of the student.
-        steps: of the run.
         best_step: of the checkpoint that became the student, where there were evaluations.
-        seconds: training time.
     """
 
     name: str
@@ -84,11 +80,7 @@ class SettingScore:
 
     Attributes:
         setting: value of each crossed option but the seed.
-        runs: their names.
-        mean: of each figure.
         deviation: of each figure, over seeds; empty for a single run.
-        parameters: of the student.
-        seconds: mean training time.
     """
 
     setting: dict[str, str]
@@ -104,15 +96,12 @@ class SweepResult:
     """The result of a sweep.
 
     Attributes:
-        out: folder of the sweep.
         made: runs that were trained now.
         combinations: of values in the grid; several may be one run.
         evaluated: whether figures are of evaluation caches, or of training.
         ranked_by: the figure that orders the settings, best first.
-        settings: the settings.
         runs: all runs, in the order of the grid.
         teacher: figures of the teacher that are known without running it.
-        task: of the caches.
     """
 
     out: str
@@ -280,7 +269,6 @@ def _hard_loss(task: str, logits: Tensor, labels: Tensor, delta: float | None) -
 logger = logging.getLogger(__name__)
 
 _MOST_LINES = 6
-_NONE = "-"
 Point = tuple[dict[str, str], float, float]  # setting, mean and deviation of the figure
 
 
@@ -330,7 +318,7 @@ def _values(result: SweepResult) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {name: [] for name in result.settings[0].setting}
     for run in result.runs:  # in the order of the grid
         for name, value in run.setting.items():
-            if value != _NONE and value not in found[name]:
+            if value != ANY and value not in found[name]:
                 found[name].append(value)
     return {name: _sorted(values) for name, values in found.items()}
 
@@ -359,7 +347,7 @@ def _chart(
     for point in points:
         setting, mean, _ = point
         label = _label(by, setting) if by else "students"
-        if setting[name] == _NONE:
+        if setting[name] == ANY:
             without.setdefault(_words(setting, name), mean)
             continue
         place = ticks.index(setting[name])
@@ -375,8 +363,8 @@ def _chart(
         lines.append(Line(label, [x for x, _ in found], [y for _, (_, y, _) in found], bars))
     for label, behind in others.items():
         lines.append(Line(label, [x for x, _ in behind], [y for _, y in behind], faint=True))
-    dashed = [Level(f"{words}, without {_option(name)}", y) for words, y in without.items()][:2]
-    return Chart("", _option(name), y_label, lines, [*levels, *dashed], ticks)
+    dashed = [Level(f"{words}, without {option_name(name)}", y) for words, y in without.items()][:2]
+    return Chart("", option_name(name), y_label, lines, [*levels, *dashed], ticks)
 
 
 def _told_apart_by(name: str, values: Mapping[str, list[str]]) -> str | None:
@@ -388,9 +376,9 @@ def _told_apart_by(name: str, values: Mapping[str, list[str]]) -> str | None:
 
 def _label(name: str, setting: Mapping[str, str]) -> str:
     value = setting[name]
-    if value == _NONE:
-        return f"without {_option(name)}"
-    return value if name == "student" else f"{_option(name)} {value}"
+    if value == ANY:
+        return f"without {option_name(name)}"
+    return value if name == "student" else f"{option_name(name)} {value}"
 
 
 def _rank(label: str, order: Sequence[str]) -> int:
@@ -401,7 +389,7 @@ def _rank(label: str, order: Sequence[str]) -> int:
 def _words(setting: Mapping[str, str], name: str) -> str:
     """What is known of a setting without an option: where it has one value only, that value."""
     alpha = setting.get("alpha")
-    return f"alpha {alpha}" if alpha and alpha != _NONE and name != "alpha" else "best"
+    return f"alpha {alpha}" if alpha and alpha != ANY and name != "alpha" else "best"
 
 
 def _seeds(result: SweepResult, y_label: str, levels: Sequence[Level]) -> Chart:
@@ -412,7 +400,3 @@ def _seeds(result: SweepResult, y_label: str, levels: Sequence[Level]) -> Chart:
     mean = Level("mean of the students", fmean(y))
     dots = Line("students", range(len(y)), y, joined=False)
     return Chart("", SEED, y_label, [dots], [*levels, mean], names)
-
-
-def _option(name: str) -> str:
-    return name.replace("_", "-")

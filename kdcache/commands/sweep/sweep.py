@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from kdcache.cluster import at_home, check_own_ray, cluster_address, connect, leave
 from kdcache.commands.interrupt import check, interruptible
@@ -49,14 +49,16 @@ Function = Callable[[Any, Tick], Any]
 RunOutcome = tuple[int, Any]
 
 
-class Pool(Protocol):
-    """Applies a function to items.
+class LocalPool:
+    """Applies a function to items in this process, one after the other: `--workers 0`.
 
     Attributes:
         gpus: GPUs that an item is given; None for those that this process sees.
     """
 
-    gpus: float | None
+    def __init__(self, options: SweepOptions, items: int) -> None:
+        """Prepare for so many items at most."""
+        self.gpus = options.gpus_per_run
 
     def map(self, function: Function, items: Sequence[Any], tick: Tick) -> Iterator[RunOutcome]:
         """Number and result of each item, or the exception that it ended with, as they come.
@@ -66,20 +68,6 @@ class Pool(Protocol):
             items: what it is applied to, started in this order.
             tick: to be called every now and then in this process.
         """
-
-    def stop(self) -> None:
-        """Abandon unfinished items."""
-
-
-class LocalPool:
-    """This process, one item after the other: `--workers 0`."""
-
-    def __init__(self, gpus: float | None) -> None:
-        """Say what a run may use."""
-        self.gpus = gpus
-
-    def map(self, function: Function, items: Sequence[Any], tick: Tick) -> Iterator[RunOutcome]:
-        """See `Pool.map`."""
         for i, item in enumerate(items):
             try:
                 with as_worker():
@@ -89,23 +77,14 @@ class LocalPool:
             yield i, result
 
     def stop(self) -> None:
-        """See `Pool.stop`."""
+        """Abandon unfinished items."""
 
 
-class RayPool:
-    """One Ray task an item."""
+class RayPool(LocalPool):
+    """One Ray task an item, as many at once as were asked for or as there is room for."""
 
-    def __init__(
-        self, *, workers: int | None, gpus: float | None, address: str | None, items: int
-    ) -> None:
+    def __init__(self, options: SweepOptions, items: int) -> None:
         """Connect (or start a local Ray) and share it out.
-
-        Args:
-            workers: tasks at once; None for as many as there is room for.
-            gpus: GPUs of a task; None for one where there are any.
-            address: Ray address; None starts a Ray of this process, unless RAY_ADDRESS states
-                otherwise.
-            items: how many there will be at most.
 
         Raises:
             UsageError: the cluster is unreachable or too small for a task.
@@ -113,14 +92,14 @@ class RayPool:
         import ray
 
         self._ray = ray
-        self._owns = connect(address)
+        self._owns = connect(options.address)
         self._running: dict[Any, int] = {}
         total = ray.cluster_resources()
         cores, cards = int(total.get("CPU", 1)), total.get("GPU", 0)
-        gpus = (1.0 if cards else 0.0) if gpus is None else gpus
-        self.gpus: float | None = gpus
+        workers, gpus = options.workers, options.gpus_per_run
+        self.gpus = gpus = (1.0 if cards else 0.0) if gpus is None else gpus
         # A cluster that grows on demand may have room later: a fixed number of workers waits.
-        fixed = workers is None or cluster_address(address) is None
+        fixed = workers is None or cluster_address(options.address) is None
         if fixed and gpus > cards:
             self.stop()
             raise UsageError(
@@ -138,7 +117,7 @@ class RayPool:
         )
 
     def map(self, function: Function, items: Sequence[Any], tick: Tick) -> Iterator[RunOutcome]:
-        """See `Pool.map`."""
+        """See `LocalPool.map`."""
         waiting = deque(enumerate(items))
         while waiting or self._running:
             while waiting and len(self._running) < self._count:
@@ -159,7 +138,7 @@ class RayPool:
                     yield i, cause if isinstance(cause, KdcacheError) else error
 
     def stop(self) -> None:
-        """See `Pool.stop`."""
+        """See `LocalPool.stop`."""
         for ref in self._running:
             self._ray.cancel(ref, force=True)
         self._running.clear()
@@ -187,8 +166,6 @@ class SweepProgress:
     """The progress of a sweep.
 
     Attributes:
-        runs: runs of the grid.
-        done: finished ones.
         failed: given up.
         step: steps done, over all runs.
         steps: steps of all runs.
@@ -283,7 +260,7 @@ class _Sweep:
         """Train the missing runs."""
         missing = self.missing()
         try_output(self.options.out)
-        pool = _pool(self.options, len(missing))
+        pool = (RayPool if self.options.workers != 0 else LocalPool)(self.options, len(missing))
         try:
             self._check_students(pool, missing)
             with alone(self.out, "sweep"):
@@ -299,7 +276,7 @@ class _Sweep:
         finally:
             pool.stop()
 
-    def _check_students(self, pool: Pool, missing: Sequence[str]) -> None:
+    def _check_students(self, pool: LocalPool, missing: Sequence[str]) -> None:
         """Build each student once and drop it: its errors are reported before any training."""
         student = [one.name for one in options_of(TrainOptions) if one.decides == "student"]
         distinct = {
@@ -405,14 +382,6 @@ class _Sweep:
         )
         failed.trace = "\n".join(error.trace for error in self.failed.values())
         return failed
-
-
-def _pool(options: SweepOptions, items: int) -> Pool:
-    if options.workers == 0:
-        return LocalPool(options.gpus_per_run)
-    return RayPool(
-        workers=options.workers, gpus=options.gpus_per_run, address=options.address, items=items
-    )
 
 
 def on_gpus(options: TrainOptions, gpus: float | None) -> TrainOptions:

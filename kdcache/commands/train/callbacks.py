@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 from transformers.integrations import (
     INTEGRATION_TO_CALLBACK,
     TensorBoardCallback,
@@ -35,12 +35,7 @@ class ReportProgress(TrainerCallback):  # type: ignore[misc]
         self._begun, self._before = time.perf_counter(), 0.0
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any
     ) -> None:
         """Report losses or figures, but not the Trainer's own summary at the end."""
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
@@ -65,9 +60,7 @@ class MetricsCallback(ReportProgress):
         super().__init__(on_progress)
         self._run = run
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Start the clock where the previous run of the command stopped it."""
         self._begun, self._before = time.perf_counter(), seconds_before(self._run)
 
@@ -88,17 +81,13 @@ class SlowSteps(TrainerCallback):  # type: ignore[misc]
         self._told = self._begun = time.perf_counter()
         self._first = 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Say how many steps there are."""
         self._told = self._begun = time.perf_counter()
         self._first = state.global_step
         self._report(f"{state.max_steps - self._first:,} steps to do")
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Report a step, with what one takes."""
         now = time.perf_counter()
         if now - self._told >= self._every:
@@ -108,9 +97,7 @@ class SlowSteps(TrainerCallback):  # type: ignore[misc]
             left = duration(seconds * (state.max_steps - state.global_step))
             self._report(f"{done}, {duration(seconds)} a step, {left} left")
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """A line was shown."""
         self._told = time.perf_counter()
 
@@ -135,12 +122,10 @@ def wrong_trackers(names: Sequence[str]) -> list[str]:
 class PlainTensorBoard(TensorBoardCallback):  # type: ignore[misc]
     """HF's own callback, without a model: a student need not have an HF config."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *given: Any, **kwargs: Any) -> None:
         """Open the log."""
         kwargs.pop("model", None)
-        super().on_train_begin(args, state, control, **kwargs)
+        super().on_train_begin(*given, **kwargs)
 
 
 class OwnWandb(WandbCallback):  # type: ignore[misc]
@@ -151,20 +136,16 @@ class OwnWandb(WandbCallback):  # type: ignore[misc]
 
     _ours: ClassVar[Any] = None  # the run open now, unless the caller made it
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *given: Any, **kwargs: Any) -> None:
         """Open a run, unless the caller has one open."""
         self._close()  # that of a training that failed
         theirs = self._wandb.run
-        super().on_train_begin(args, state, control, **kwargs)
+        super().on_train_begin(*given, **kwargs)
         OwnWandb._ours = None if self._wandb.run is theirs else self._wandb.run
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *given: Any, **kwargs: Any) -> None:
         """Close it."""
-        super().on_train_end(args, state, control, **kwargs)
+        super().on_train_end(*given, **kwargs)
         self._close()
 
     def _close(self) -> None:
@@ -200,26 +181,17 @@ class Patience(TrainerCallback):  # type: ignore[misc]
         best = state.best_global_step or 0
         return sum("eval_loss" in line and line["step"] > best for line in state.log_history)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Take no step where patience ran out in an earlier sitting."""
         self._over = control.should_training_stop = self._worse(state) >= self._patience
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Evaluate and save nothing again where no step was taken."""
         if self._over:
             control.should_log = control.should_evaluate = control.should_save = False
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float],
-        **_: Any,
+        self, args: Any, state: TrainerState, control: Any, metrics: Any, **_: Any
     ) -> None:
         """Look at the evaluation just logged, which is not yet compared with the best."""
         if not better(metrics, args, state) and self._worse(state) >= self._patience:

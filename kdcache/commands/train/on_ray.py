@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,14 +56,11 @@ _END_SECONDS = 60.0  # that a command may take to end once its own Ray is lost
 _MOST_CPUS = 8
 
 
-def train_on_ray(
-    options: TrainOptions, on_progress: Callable[[TrainProgress], None] | None = None
-) -> TrainResult:
+def train_on_ray(plan: RunPlan) -> TrainResult:
     """Run a training on Ray workers; a lost worker restarts them all from the last checkpoint.
 
     Args:
-        options: with `num_workers` of 2 or more.
-        on_progress: called for every new line of `metrics.jsonl`.
+        plan: of `num_workers` of 2 or more.
 
     Raises:
         UsageError: the cluster lacks what the workers need.
@@ -73,7 +70,7 @@ def train_on_ray(
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
     from ray.train.torch import TorchTrainer
 
-    plan, follower = RunPlan.make(options), None
+    options, follower = plan.options, None
     fewest, most = options.workers
     where = {"plot": None} | ({} if is_remote(options.out) else {"out": str(plan.out)})
     own = plan.folder.ray
@@ -134,7 +131,7 @@ def train_on_ray(
         shutil.rmtree(own, ignore_errors=True)  # of a run that was killed
         own.mkdir(parents=True)
         wait = _Waiting(trainer, need, options) if grows else None
-        follower = _Follower(plan, on_progress, watch=owns, wait=wait)
+        follower = _Follower(plan, watch=owns, wait=wait)
         follower.failures, follower.most = own / _FAILURES, failures
         try:
             with warnings.catch_warnings():
@@ -344,17 +341,10 @@ class _Follower:
     failures = Path(os.devnull)
     most = 0
 
-    def __init__(
-        self,
-        plan: RunPlan,
-        on_progress: Callable[[TrainProgress], None] | None,
-        *,
-        watch: bool,
-        wait: _Waiting | None = None,
-    ) -> None:
+    def __init__(self, plan: RunPlan, *, watch: bool, wait: _Waiting | None = None) -> None:
         self._plan, self._steps = plan, plan.steps
         self._next = 0.0
-        self._on_progress = on_progress
+        self._on_progress = plan.on_progress
         self._done = threading.Event()
         self._told = 0
         self._thread = threading.Thread(target=self._follow, name="kdcache-follow", daemon=True)

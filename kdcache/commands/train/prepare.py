@@ -12,10 +12,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kdcache.cache import Cache
-from kdcache.commands.run_folder import TrainFolder, TrainResult
+from kdcache.commands.run_folder import TrainFolder, TrainProgress, TrainResult
 from kdcache.commands.train.callbacks import wrong_trackers
 from kdcache.commands.train.options import Schedule, TrainOptions
 from kdcache.errors import UsageError
@@ -32,9 +32,6 @@ from kdcache.student.load import is_model
 from kdcache.targets import SoftTargets
 from kdcache.tasks import TASKS, labelled
 from kdcache.teacher import TeacherFiles
-
-if TYPE_CHECKING:
-    from kdcache.stream.cross import CrossTokenizer
 
 
 def cross_problems(
@@ -92,29 +89,6 @@ def own_tokenizer(options: TrainOptions) -> Any:
         raise UsageError(f"there is no usable tokenizer at {name} ({error}).{whose}") from error
 
 
-def cross_tokenizer(options: TrainOptions, cache: Cache, tokenizer: Any) -> CrossTokenizer:
-    """What reads the cache for this student.
-
-    Args:
-        options: of the run.
-        cache: one of the run's.
-        tokenizer: the student's.
-
-    Raises:
-        UsageError: one of the tokenizers loses bytes of a text.
-    """
-    from kdcache.stream.cross import CrossTokenizer
-
-    assert options.cross_tokenizer is not None, "the caller asked"
-    return CrossTokenizer(
-        cache,
-        tokenizer,
-        options.cross_tokenizer,
-        tau=options.likelihood_temperature,
-        max_length=options.max_length,
-    )
-
-
 _AUTO = "--resume auto"
 
 
@@ -126,15 +100,23 @@ class RunPlan:
     caches: list[Cache]
     eval_caches: list[Cache]
     folder: TrainFolder
+    on_progress: Callable[[TrainProgress], None] | None
+    report: Callable[[str], None]
 
     @classmethod
     def make(
-        cls, options: TrainOptions, opened: Callable[[Sequence[str]], list[Cache]] = open_caches
+        cls,
+        options: TrainOptions,
+        on_progress: Callable[[TrainProgress], None] | None = None,
+        report: Callable[[str], None] = lambda line: None,
+        opened: Callable[[Sequence[str]], list[Cache]] = open_caches,
     ) -> RunPlan:
         """Open the caches and check all that needs no student.
 
         Args:
             options: of the run.
+            on_progress: see `train`, as `report`.
+            report: takes what a user should know.
             opened: names to caches, for callers that make many plans of the same ones.
 
         Raises:
@@ -194,7 +176,7 @@ class RunPlan:
         if not task.has_temperature:
             temperatures = []  # as the loss has said
         check_caches(caches, temperatures, problems, beside=eval_caches)
-        return cls(options, caches, eval_caches, folder)
+        return cls(options, caches, eval_caches, folder, on_progress, report)
 
     @property
     def out(self) -> Path:
@@ -287,10 +269,10 @@ class RunPlan:
         check_identity(document, self.finished_identity, f"the finished run in {self.shown}")
         return TrainResult(**{**document["result"], "out": self.shown, "made": False})
 
-    def announce(self, report: Callable[[str], None]) -> None:
+    def announce(self) -> None:
         """Report the checkpoint that the run continues from, and labels that it will not find."""
         if self.options.alphas != Schedule(0.0, 0.0) and not _labelled(self.caches, shards=1):
-            report(
+            self.report(
                 "no row of the caches' first shards has a hard label: whatever --alpha says, the "
                 "student learns of such rows from the teacher alone. Labels are read by build "
                 "(--label-column)."
@@ -298,7 +280,7 @@ class RunPlan:
         resume = self.checkpoint()
         if resume is not None:
             step = read_state(resume)["cursor"]["step"]
-            report(f"resuming from {resume}: step {step:,} of {self.steps:,}")
+            self.report(f"resuming from {resume}: step {step:,} of {self.steps:,}")
 
     def begin(self, owner: str = "") -> None:
         """In the process that writes the folder, once it is locked: own a run in an object store,

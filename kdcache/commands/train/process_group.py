@@ -74,7 +74,7 @@ def train_in_group(
     run, finished, facts = None, None, {}
     with contextlib.ExitStack() as held:
         with _shared() as share:
-            plan = RunPlan.make(options)
+            plan = RunPlan.make(options, on_progress, report)
         share({})
         first = distributed.get_rank() == 0
         with _shared() as share:  # nobody looks into the folder while the first begins in it
@@ -98,8 +98,8 @@ def train_in_group(
             return finished
         held.enter_context(full_disk(plan.out, lambda: RunPlan.go_on(options)))
         with _shared() as share:
-            plan.announce(report)
-            run = Run.prepare(plan, on_progress, report)
+            plan.announce()
+            run = Run.prepare(plan)
         share({})
         assert run is not None, "its error was shared"
         return run.train()

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from kdcache.cache.figures import teacher_cross_entropy
 from kdcache.commands.run_folder import (
     RESULT_FILE,
     SCRATCH,
-    TrainProgress,
     TrainResult,
     cut_metrics,
     seconds_before,
@@ -77,15 +75,11 @@ class Run:
     caching: bool | None
 
     @classmethod
-    def prepare(
-        cls,
-        plan: RunPlan,
-        on_progress: Callable[[TrainProgress], None] | None = None,
-        report: Callable[[str], None] = lambda line: None,
-    ) -> Run:
+    def prepare(cls, plan: RunPlan) -> Run:
         """Load the student and make its trainer, in this process (one of several, where
-        torch.distributed is set up). For the callbacks see `train`.
+        torch.distributed is set up).
         """
+        report = plan.report
         computing = Computing.choose(plan.options.precision, plan.options.gpus_per_worker)
         student, reading = make_student(plan)
         if reading.needless:
@@ -100,7 +94,7 @@ class Run:
                     "(output_router_logits); it is no part of this training's loss"
                 )
             caching = getattr(student.config, "use_cache", None)
-            trainer = make_trainer(plan, computing, student, stream, reading, on_progress, report)
+            trainer = make_trainer(plan, computing, student, stream, reading)
             trial = trial_batch(plan, reading)
             student.check_reach(trial)
             if isinstance(reading, CachedIds):

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import distributed
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from kdcache.commands.run_folder import METRICS_FILE, RAY, RESULT_FILE, TrainFolder, parse_metrics
 from kdcache.errors import CorruptCacheError, UsageError
@@ -282,9 +282,7 @@ class StoreCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, store: RunStore) -> None:
         self._store, self._uploaded = store, time.monotonic()
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Upload; workers on other machines their own files first."""
         if distributed.is_available() and distributed.is_initialized():
             distributed.barrier()  # the first worker has sealed it
@@ -294,9 +292,7 @@ class StoreCallback(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero:
             self._store.upload_checkpoint(state.global_step)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Upload the log if the last time is some seconds ago."""
         if state.is_world_process_zero and time.monotonic() - self._uploaded > _METRICS_EVERY:
             self._uploaded = time.monotonic()

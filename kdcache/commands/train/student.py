@@ -5,7 +5,7 @@ streams, and its trainer with all settings.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,6 @@ from transformers.integrations import is_tensorboard_available
 
 from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
-from kdcache.commands.run_folder import TrainProgress
 from kdcache.commands.train.callbacks import (
     MetricsCallback,
     OwnWandb,
@@ -28,7 +27,7 @@ from kdcache.commands.train.callbacks import (
     StopOnSignal,
 )
 from kdcache.commands.train.options import TrainOptions
-from kdcache.commands.train.prepare import RunPlan, cross_tokenizer, own_tokenizer, steps_of
+from kdcache.commands.train.prepare import RunPlan, own_tokenizer, steps_of
 from kdcache.errors import UsageError
 from kdcache.lora import is_adapted
 from kdcache.metrics import METRICS
@@ -83,10 +82,18 @@ def make_student(plan: RunPlan) -> tuple[DistilledStudent, Reading]:
         decoder_start=spec.rows.get("decoder_start"),
         mean=labels_of(plan.caches).mean if task.answers == "score" else None,
     )
-    own = own_tokenizer(options) if options.cross_tokenizer is not None else None
     cross = None
-    if own is not None:
-        cross = cross_tokenizer(options, plan.caches[0], own)
+    if options.cross_tokenizer is not None:
+        from kdcache.stream.cross import CrossTokenizer
+
+        own = own_tokenizer(options)
+        cross = CrossTokenizer(
+            plan.caches[0],
+            own,
+            options.cross_tokenizer,
+            tau=options.likelihood_temperature,
+            max_length=options.max_length,
+        )
         info = replace(
             info,
             vocab_size=cross.vocab_size,
@@ -290,20 +297,8 @@ def make_trainer(
     student: DistilledStudent,
     stream: TargetStream,
     reading: Reading,
-    on_progress: Callable[[TrainProgress], None] | None,
-    report: Callable[[str], None],
 ) -> DistillationTrainer:
-    """The trainer of a run.
-
-    Args:
-        plan: the run.
-        computing: precision and devices.
-        student: with its loss.
-        stream: what it is trained on.
-        reading: how it reads what the caches hold.
-        on_progress: called at each logged step.
-        report: called with what a user should know.
-    """
+    """The trainer of a run, with all settings."""
     options = plan.options
     steps = steps_of(options, stream)
     world = distributed.get_world_size() if distributed.is_initialized() else 1
@@ -311,8 +306,8 @@ def make_trainer(
     every = options.save_steps or stream.steps
     callbacks: list[TrainerCallback] = [
         StopOnSignal(),
-        MetricsCallback(plan.out, on_progress),
-        SlowSteps(report),
+        MetricsCallback(plan.out, plan.on_progress),
+        SlowSteps(plan.report),
         *plan.folder.callbacks(),
     ]
     asked = {*options.report_to}

@@ -64,7 +64,7 @@ def train_one(
 ) -> TrainResult:
     """As `train`, for callers that handle signals themselves."""
     report("opening the caches")
-    plan = RunPlan.make(options)
+    plan = RunPlan.make(options, on_progress, report)
     finished = plan.finished()
     if finished is not None:
         return finished
@@ -76,10 +76,10 @@ def train_one(
             from kdcache.commands.train.on_ray import train_on_ray
 
             if not is_remote(options.out):
-                plan.announce(report)  # errors of its checkpoint are reported before workers start
+                plan.announce()  # errors of its checkpoint are reported before workers start
             report(f"starting {options.num_workers} workers on Ray")
-            return train_on_ray(options, on_progress)
+            return train_on_ray(plan)
         plan.begin()
-        plan.announce(report)
+        plan.announce()
         report("loading the student")
-        return Run.prepare(plan, on_progress, report).train()
+        return Run.prepare(plan).train()
