@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from make_caches import make_cache
-from small_runs import USUAL, metrics
+from small_runs import SMALL, USUAL, metrics
 
 from kdcache.commands.finetune.trainer import best_scores
 from kdcache.commands.train.callbacks import Patience
@@ -18,8 +18,6 @@ from kdcache.commands.train.train import train
 from kdcache.loss.metrics import micro_f1
 from kdcache.student.checkpoints import CheckpointingTrainer
 from kdcache.student.one_answer import OneAnswer, little_learnt
-
-SMALL = {"embedding_size": 8, "hidden_size": 8, "dense_size": 8}
 
 
 def chosen(figures: list[tuple[float, float]], *, rises: bool = True) -> Any:

@@ -19,8 +19,7 @@ from conftest import further, make_tiny_lm
 from launched import launch
 from make_caches import CAUSAL, make_cache
 from safetensors.torch import load_file
-from small_runs import metrics
-from test_train import StopError, stop_at
+from small_runs import StopError, metrics, stop_at
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

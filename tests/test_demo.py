@@ -11,7 +11,6 @@ from kdcache.commands.demo.demo import demo
 from kdcache.commands.demo.teacher import documents
 from kdcache.commands.options import DemoOptions
 from kdcache.errors import UsageError
-from kdcache.files import alone
 
 
 def test_documents_share_no_paragraph() -> None:
@@ -38,23 +37,6 @@ def test_options_tell_all_their_mistakes_at_once() -> None:
         DemoOptions("x", alpha=1.0, teacher_epochs=0, documents=9)
 
     assert all(name in str(caught.value) for name in ("alpha", "teacher-epochs", "documents"))
-
-
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("x")
-
-    with pytest.raises(UsageError, match="not a demo"):
-        demo(DemoOptions(str(tmp_path)))
-
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_a_second_demo_in_one_folder_is_refused(tmp_path: Path) -> None:
-    with (
-        alone(tmp_path / "demo", "demo"),
-        pytest.raises(UsageError, match="another demo is running"),
-    ):
-        demo(DemoOptions(str(tmp_path / "demo")))
 
 
 @pytest.mark.end_to_end

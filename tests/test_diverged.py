@@ -13,7 +13,7 @@ import pytest
 import torch
 from make_caches import make_cache, word_tokenizer
 from safetensors.torch import load_file
-from small_runs import USUAL
+from small_runs import SMALL, USUAL
 from torch import nn
 from transformers import BertConfig, BertModel, Trainer
 
@@ -25,8 +25,6 @@ from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
 from kdcache.student.checkpoints import CheckpointingTrainer, Watch, is_whole
 from kdcache.student.trainer import DistillationTrainer
-
-SMALL = {"embedding_size": 8, "hidden_size": 8, "dense_size": 8}
 
 
 @pytest.fixture

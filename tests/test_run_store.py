@@ -19,7 +19,7 @@ from launched import launch
 from make_caches import make_cache
 from safetensors.torch import load as load_weights
 from safetensors.torch import load_file
-from small_runs import metrics, without_times
+from small_runs import StopError, metrics, stop_at, without_times
 from test_launched import BILSTM, stop_at_6
 from test_object_storage import BUCKET, proxy, server  # noqa: F401
 
@@ -63,18 +63,6 @@ def options(caches: Path, url: str) -> Make:
         return TrainOptions(**(values | {"dropout": 0.2} | changes))
 
     return make
-
-
-class StopError(Exception):
-    """The end of a machine."""
-
-
-def stop_at(step: int) -> Callable[[TrainProgress], None]:
-    def on_progress(now: TrainProgress) -> None:
-        if now.step >= step:
-            raise StopError
-
-    return on_progress
 
 
 def same_run(found: dict[str, bytes], out: Path) -> None:

@@ -22,8 +22,7 @@ import pytest
 from click.testing import CliRunner
 from loaded import Program
 from make_caches import make_cache
-from safetensors.torch import load_file
-from small_runs import metrics
+from small_runs import SMALL, StopError, metrics, same, stop_at
 
 from kdcache.cli.main import cli
 from kdcache.commands.run_folder import TrainProgress, TrainResult
@@ -37,7 +36,6 @@ from kdcache.student.checkpoints import last_checkpoint, step_of
 
 pytestmark = pytest.mark.slow
 
-SMALL = {"embedding_size": 8, "hidden_size": 8, "dense_size": 8}
 Make = Callable[..., TrainOptions]
 
 
@@ -79,17 +77,6 @@ EARLY = {"learning_rate": 0.5, "epochs": 40, "patience": 2}
 def early(folder: Path) -> TrainResult:
     """One that stops early, undisturbed."""
     return train(options_of(folder, out=str(folder / "early"), **EARLY))
-
-
-def same(run: str | Path, other: str | Path) -> bool:
-    """Whether two runs logged the same and ended with the same weights, to the bit."""
-    weights = [load_file(Path(r, "model.safetensors")) for r in (run, other)]
-    equal = all(weights[0][name].equal(weights[1][name]) for name in weights[1])
-    return equal and metrics(run) == metrics(other)
-
-
-class StopError(Exception):
-    """An interruption."""
 
 
 def stop(*_: Any) -> None:
@@ -179,7 +166,7 @@ def test_killed_at_moments_of_saving_and_rotation(
 
 def test_a_checkpoint_that_lacks_a_byte_is_passed_over(options: Make, tmp_path: Path) -> None:
     with pytest.raises(StopError):
-        train(options(), on_progress=lambda now: stop() if now.step == 7 else None)
+        train(options(), on_progress=stop_at(7))
     six = Path(options().out, "checkpoint-6")
     files = [path for path in six.iterdir() if path.name != "kdcache_state.json"]
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= {
@@ -203,7 +190,7 @@ def test_a_checkpoint_that_lacks_a_byte_is_passed_over(options: Make, tmp_path: 
 def test_a_checkpoint_with_a_damaged_byte_is_refused(options: Make) -> None:
     """Of weights it was trained on, others than were saved; of the rest most were tracebacks."""
     with pytest.raises(StopError):
-        train(options(), on_progress=lambda now: stop() if now.step == 7 else None)
+        train(options(), on_progress=stop_at(7))
     six = Path(options().out, "checkpoint-6")
     names = {path.name for path in six.iterdir()} - {"kdcache_state.json"}
     assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"} < names
@@ -223,10 +210,10 @@ def test_going_back_forgets_what_came_later(
     options: Make, whole: TrainResult, tmp_path: Path
 ) -> None:
     with pytest.raises(StopError):
-        train(options(), on_progress=lambda now: stop() if now.step == 9 else None)
+        train(options(), on_progress=stop_at(9))
     back = options(resume=str(tmp_path / "run" / "checkpoint-6"))
     with pytest.raises(StopError):
-        train(back, on_progress=lambda now: stop() if now.step == 9 else None)
+        train(back, on_progress=stop_at(9))
     assert step_of(last_checkpoint(tmp_path / "run") or tmp_path) == 8
     train(options())
     assert same(tmp_path / "run", whole.out)
@@ -238,7 +225,7 @@ def test_a_run_whose_folder_moved_ends_with_its_best_weights(
     assert early.best_step == early.steps - 4
     last = early.steps - 1
     with pytest.raises(StopError):
-        train(options(**EARLY), on_progress=lambda now: stop() if now.step == last else None)
+        train(options(**EARLY), on_progress=stop_at(last))
     (tmp_path / "run").rename(tmp_path / "moved")
     moved = options(out=str(tmp_path / "moved"), **EARLY)
     assert train(moved).best_step == early.best_step
@@ -471,21 +458,62 @@ def test_an_address_that_cannot_be_opened_makes_no_folder_here(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["sweep", "grid.yaml"],
-        ["finetune", "--model", "m", "--corpus", "c.tsv"],
-        ["predict", "--student", "s", "--corpus", "c.tsv"],
-        ["demo"],
-    ],
-    ids=lambda words: words[0],
-)
-def test_no_command_makes_a_folder_of_an_address(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(cli, [*words, "--out", "s3://bucket/out"])
+# What every command that fills a folder does
+
+
+@pytest.fixture
+def work(folder: Path, tmp_path: Path) -> dict[str, list[str]]:
+    """Words of such commands, all but --out."""
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(f"cache: {folder / 'classes'}\nstudent: bilstm\ngrid: {{seed: [0]}}\n")
+    return {
+        "train": ["train", "--cache", str(folder / "classes"), "--student", "bilstm"],
+        "sweep": ["sweep", str(grid), "--workers", "0"],
+        "finetune": ["finetune", "--model", "m", "--corpus", "c.tsv"],
+        "demo": ["demo"],
+    }
+
+
+NOUNS = {
+    "train": ("training", "run of kdcache"), "sweep": ("sweep", "sweep of kdcache"),
+    "finetune": ("fine-tuning", "teacher of kdcache finetune"), "demo": ("demo", "demo"),
+}  # fmt: skip
+
+
+def refused(words: list[str], out: Path | str) -> str:
+    """What a command prints that cannot begin."""
+    result = CliRunner().invoke(cli, [*words, "--out", str(out)])
     assert result.exit_code == 2, result.output
-    assert "--out is s3://bucket/out, expected a folder or file on this machine" in result.output
-    assert not list(tmp_path.iterdir())
+    return " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("name", NOUNS)
+def test_no_command_takes_over_a_folder_of_something_else(
+    work: dict[str, list[str]], tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").touch()
+    assert f"is not empty and not a {NOUNS[name][1]}. Choose another" in refused(work[name], out)
+    assert [path.name for path in out.iterdir() if path.name != LOCK_FILE] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("name", NOUNS)
+def test_no_command_works_where_another_process_does(
+    work: dict[str, list[str]], tmp_path: Path, name: str
+) -> None:
+    noun = NOUNS[name][0]
+    with alone(tmp_path / ("out.tmp" if name == "finetune" else "out"), noun):
+        assert f"another {noun} is running in" in refused(work[name], tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["sweep", "finetune", "predict", "demo"])
+def test_no_command_makes_a_folder_of_an_address(
+    work: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    work["predict"] = ["predict", "--student", "s", "--corpus", "c.tsv"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    told = refused(work[name], "s3://bucket/out")
+    assert "--out is s3://bucket/out, expected a folder or file on this machine" in told
+    assert not list(Path().iterdir())

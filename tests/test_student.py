@@ -331,6 +331,7 @@ def test_config_file_seed_and_hf_round_trip(tmp_path: Path) -> None:
         ("plain.json", "{}", '"model_type"'),
         ("odd.json", '{"model_type": "no-such-thing"}', "not a causal-lm architecture"),
         ("absent", None, "student .*absent is neither a folder here"),
+        ("bare/config.json", json.dumps({"model_type": "llama", **SIZES}), "student .* no weights"),
         ("bilstm", None, "bilstm is a classifier"),
     ],
 )
@@ -339,15 +340,11 @@ def test_students_that_are_none(
 ) -> None:
     path = tmp_path / name
     if content is not None:
+        path.parent.mkdir(exist_ok=True)
         path.write_text(content)
+    bare = path.parent if "/" in name else path  # a folder of that file alone
     with pytest.raises(UsageError, match=message):
-        load_student("bilstm" if name == "bilstm" else str(path), LM)
-
-
-def test_a_folder_without_weights(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SIZES}))
-    with pytest.raises(UsageError, match=r"student .* has no weights"):
-        load_student(str(tmp_path), LM)
+        load_student("bilstm" if name == "bilstm" else str(bare), LM)
 
 
 @pytest.mark.parametrize("lost", ["classifier.weight", "bert.encoder.layer.0.output.dense.bias"])
@@ -369,12 +366,9 @@ def test_lost_weights_are_not_made_up(tmp_path: Path, lost: str, architecture: s
         return
     with pytest.raises(UsageError, match=f"no weights for {lost}"):
         load_student(str(tmp_path), CLASSES)
-
-
-def test_a_language_model_without_its_head_is_refused(tmp_path: Path) -> None:
-    causal_model("llama").save_pretrained(tmp_path)
+    causal_model("llama").save_pretrained(tmp_path)  # a language model without its head
     weights = load_file(tmp_path / "model.safetensors")
-    weights.pop("lm_head.weight")
+    del weights["lm_head.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UsageError, match=r"no weights for lm_head\.weight"):
         load_student(str(tmp_path), LM)

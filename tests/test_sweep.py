@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import fcntl
 import io
 import itertools
 import json
@@ -360,24 +359,6 @@ def test_runs_of_one_process_may_differ_in_precision(here: Path) -> None:
     low, high = result.runs[1].figures, result.runs[0].figures
     assert low != high
     assert low == pytest.approx(high, abs=0.05)
-
-
-def test_another_folder_is_not_taken_over(here: Path) -> None:
-    (here / "out").mkdir()
-    (here / "out" / "thesis.tex").write_text("")
-    with pytest.raises(UsageError, match="not a sweep"):
-        sweep(local(write("g.yaml", {"seed": [0]})))
-
-
-@pytest.mark.slow
-def test_two_sweeps_do_not_share_a_folder(here: Path) -> None:
-    grid = write("g.yaml", {"seed": [0]})
-    (here / "out").mkdir()
-    with (here / "out" / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UsageError, match="another sweep is running"):
-            sweep(local(grid))
-    assert sweep(local(grid)).made == 1
 
 
 def test_credentials_in_urls_stay_out_of_the_files(here: Path) -> None:

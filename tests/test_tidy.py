@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import further
 from make_caches import make_cache
-from small_runs import USUAL
+from small_runs import SMALL, USUAL, StopError
 
 from kdcache.cache import Cache
 from kdcache.commands.options import GcOptions
@@ -84,10 +84,6 @@ def names(folder: Path) -> set[str]:
     return {name for name in found if not name.endswith(".lock")}
 
 
-class StopError(Exception):
-    """An end in the middle."""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [*further(4), 12])
 def test_a_run_that_was_killed_leaves_what_one_does_that_was_not(
@@ -97,7 +93,7 @@ def test_a_run_that_was_killed_leaves_what_one_does_that_was_not(
     make_cache(tmp_path / "train", [20, 14, 11])
     common: dict[str, Any] = {
         "cache": str(tmp_path / "train"), "student": "bilstm", "save_steps": 2, "max_steps": 12,
-        "keep_checkpoints": 2, "embedding_size": 8, "hidden_size": 8, "dense_size": 8,
+        "keep_checkpoints": 2, **SMALL,
     }  # fmt: skip
 
     def stop(at: Any = None) -> None:

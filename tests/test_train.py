@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from launched import launch
 from make_caches import CAUSAL, make_cache
 from safetensors.torch import load_file
-from small_runs import LLAMA, USUAL, metrics
+from small_runs import LLAMA, SMALL, USUAL, StopError, losses, metrics, same, stop_at, weights
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -63,18 +63,19 @@ BERT = {
     "hidden_dropout_prob": 0.1,
     "attention_probs_dropout_prob": 0.0,
 }
-SMALL = {"embedding_size": 8, "hidden_size": 8, "dense_size": 8}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Caches `classes` (45 rows), `held` (20 rows), `causal` and `anchored` (24 rows); configs of
-    two students."""
+    """Caches `classes` (45 rows), `held` (20 rows), `causal` and `anchored` (24 rows), of two
+    teachers and of two classes a row; configs of two students."""
     folder = tmp_path_factory.mktemp("train")
     make_cache(folder / "classes", [20, 14, 11])
     make_cache(folder / "held", [20], first=500)
     make_cache(folder / "causal", [14, 10], task=CAUSAL, codec="topk:6")
     make_cache(folder / "anchored", [14, 10], task=CAUSAL, codec="anchored:4")
+    make_cache(folder / "several", [8], first=300, teachers=2)
+    make_cache(folder / "sparse", [9], codec="topk:2", first=500)
     (folder / "bert.json").write_text(json.dumps(BERT))
     (folder / "llama.json").write_text(json.dumps(LLAMA))
     return folder
@@ -95,27 +96,6 @@ def options(folder: Path, tmp_path: Path) -> Callable[..., TrainOptions]:
 
 
 Make = Callable[..., TrainOptions]
-
-
-def losses(run: str | Path) -> list[float]:
-    return [line["loss"] for line in metrics(run) if "loss" in line]
-
-
-def weights(run: str | Path) -> dict[str, torch.Tensor]:
-    (path,) = Path(run).glob("*model.safetensors")
-    return load_file(path)
-
-
-class StopError(Exception):
-    """An interruption."""
-
-
-def stop_at(step: int) -> Callable[[TrainProgress], None]:
-    def on_progress(now: TrainProgress) -> None:
-        if now.step >= step:
-            raise StopError
-
-    return on_progress
 
 
 # Options
@@ -178,14 +158,27 @@ def test_caches_are_checked_before_anything_is_written(options: Make, folder: Pa
     assert not Path(wrong.out).exists()
 
 
-def test_a_schedule_of_temperatures_suits_every_cache(
-    options: Make, folder: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("caches", "held", "more", "match"),
+    [
+        # Logits of an ensemble's mean are of the declared temperatures alone.
+        (
+            ["classes", "several"],
+            [],
+            {"temperature": "1:2"},
+            "dense cache of one teacher: .*several has the mean",
+        ),
+        (["classes"], ["sparse"], {"divergence": "mse"}, "mse compares all logits"),
+        (["classes"], [], {"precision": "fp16"}, "fp16 needs a GPU"),
+        (["classes", "causal"], [], {}, "task of"),
+    ],
+)
+def test_every_cache_must_suit(
+    options: Make, folder: Path, caches: list[str], held: list[str], more: Any, match: str
 ) -> None:
-    """Also those behind the first: logits of an ensemble's mean are of the declared ones alone."""
-    make_cache(tmp_path / "several", [8], first=300, teachers=2)
-    both = (str(folder / "classes"), str(tmp_path / "several"))
-    with pytest.raises(UsageError, match="dense cache of one teacher: .*several has the mean"):
-        train(options(cache=both, temperature="1:2"))
+    train_on, evaluate_on = ([str(folder / name) for name in names] for names in (caches, held))
+    with pytest.raises(UsageError, match=match):
+        train(options(cache=train_on, eval_cache=evaluate_on, **more))
 
 
 @pytest.mark.parametrize(
@@ -213,13 +206,6 @@ def test_shards_are_grouped_as_the_stream_groups_them(options: Make, folder: Pat
     usual = TargetStream(str(folder / "classes"), batch_size=8).group
     assert Run.prepare(RunPlan.make(options())).stream.group == usual != 2
     assert Run.prepare(RunPlan.make(options(shuffle_shards=2))).stream.group == 2
-
-
-def test_another_folder_is_not_taken_over(options: Make, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.tex").write_text("")
-    with pytest.raises(UsageError, match="not a run"):
-        train(options())
 
 
 # Losses
@@ -462,11 +448,6 @@ def test_float16_is_scaled(options: Make, folder: Path, tmp_path: Path) -> None:
     assert list(Path(tmp_path, "half").glob("checkpoint-*/scaler.pt"))
 
 
-def test_float16_is_refused_without_a_gpu(options: Make) -> None:
-    with pytest.raises(UsageError, match="fp16 needs a GPU"):
-        train(options(precision="fp16"))
-
-
 def test_tensorboard_gets_the_curves(options: Make, folder: Path) -> None:
     accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is optional"
@@ -534,9 +515,7 @@ def test_theta_goes_on_to_the_bit(
     with pytest.raises(StopError):
         train(halves, on_progress=stop_at(5))
     train(halves)
-    assert metrics(halves.out) == metrics(whole.out)
-    mine, theirs = weights(halves.out), weights(whole.out)
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert same(halves.out, whole.out)
     thetas = [line["anchor"] for line in metrics(whole.out)]
     assert len(set(thetas[1:])) > 5
     if accumulation == 2:  # another way of cutting a step changes rounding alone
@@ -667,8 +646,6 @@ def test_several_caches_are_weighted(options: Make, folder: Path) -> None:
     assert train(weighted).rows == 90 + 10
     with pytest.raises(UsageError, match="1 cache weights for 2 caches"):
         options(**both, cache_weight=[2])
-    with pytest.raises(UsageError, match="task of"):
-        train(options(cache=[str(folder / "classes"), str(folder / "causal")]))
 
 
 def test_a_finished_run_is_left_alone(options: Make) -> None:
@@ -706,9 +683,7 @@ def test_a_run_killed_while_its_files_move_is_finished_by_the_same_command(
     again = train(options())
     assert again.made
     assert not (out / "student.tmp").exists()
-    whole = train(options(out=options().out + "-whole"))
-    assert weights(again.out).keys() == weights(whole.out).keys()
-    assert all(torch.equal(w, weights(whole.out)[k]) for k, w in weights(again.out).items())
+    assert same(again.out, train(options(out=options().out + "-whole")).out)
 
 
 def test_a_run_reports_its_words(options: Make, folder: Path) -> None:
@@ -827,12 +802,6 @@ def test_an_eval_cache_may_have_another_codec(
             total += float(student(**batch).soft_loss) * float(batch["count"])
             count += float(batch["count"])
     assert result.eval["soft_loss"] == pytest.approx(total / count, rel=1e-4)
-
-
-def test_a_loss_must_suit_the_eval_cache_too(options: Make, folder: Path, tmp_path: Path) -> None:
-    held = make_cache(tmp_path / "held", [9], codec="topk:2", first=500)
-    with pytest.raises(UsageError, match="mse compares all logits"):
-        train(options(divergence="mse", eval_cache=held.url))
 
 
 # Other loops

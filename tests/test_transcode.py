@@ -13,7 +13,7 @@ import torch
 from broken_caches import files, run
 from conftest import further, make_tiny_lm
 from make_caches import CAUSAL, make_cache
-from test_stops import StopError
+from small_runs import StopError
 
 from kdcache.cache import Cache
 from kdcache.cache.check import problems
