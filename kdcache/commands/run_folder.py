@@ -109,10 +109,8 @@ class TrainResult:
             alone and on sampled targets.
         soft_cross_entropy: on sampled targets: its T^2 times the cross-entropy with the teacher,
             which is KL plus the teacher's entropy.
-        eval: metrics of the student on the evaluation caches.
         best_step: step of the checkpoint that became the student, where there were evaluations;
             None where the figure that selects it was defined in none: it is then the last one.
-        trained: how many of the parameters training changes.
         vocabulary: ids of the student's own tokenizer; None where it reads the cache's ids.
         unknown: share of that tokenizer's tokens of the training texts that are unknown; None where
             its vocabulary has no unknown.
@@ -130,7 +128,7 @@ class TrainResult:
         one_answer: figures of one answer for all (`kdcache.student.one_answer`), by the names of
             `eval`: on the labels of the evaluation caches, or else of the training caches.
         warning: where the student is hardly better than that: what was compared, what to change.
-        made: False where the run was finished before and nothing was done.
+        made: False where the run was finished before.
     """
 
     out: str
@@ -163,10 +161,7 @@ class TrainResult:
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """What a run logged so far: `step`, `seconds` (of training, over all its sittings), `epoch`,
-    and losses or the metrics of an evaluation (`eval_...`).
-
-    Args:
-        run: folder of the run; nothing need be there.
+    and losses or the metrics of an evaluation (`eval_...`); nothing where nothing is there.
     """
     path = run / METRICS_FILE
     return parse_metrics(path.read_text() if path.is_file() else "")

@@ -38,9 +38,6 @@ _WORD_OPTIONS = ("tokenizer", "min_count", "max_words", "lower")
 class BiLstm(PreTrainedModel):  # type: ignore[misc]
     """What the classifiers share: embeddings, LSTM and the layers on its states.
 
-    Args:
-        config: sizes.
-
     Attributes:
         tokenizer: its own words, to be saved with it; None where it reads the teacher's ids.
         pretrained: how many of them began with a vector of a file; None without one.
@@ -152,14 +149,8 @@ class BiLstmForTokenClassification(BiLstm):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> TokenClassifierOutput:
-        """Classify each token.
-
-        Args:
-            input_ids: int [B, L], right-padded.
-            attention_mask: [B, L], 1 at tokens. Default: where the id is not padding.
-
-        Returns:
-            ``logits`` float [B, L, classes].
+        """Classify each token of what `BiLstmForSequenceClassification` takes; ``logits`` float
+        [B, L, classes].
         """
         each, _ = self._states(input_ids, attention_mask, 0.0)
         return TokenClassifierOutput(logits=self._classify(each))
@@ -172,12 +163,7 @@ AutoModelForTokenClassification.register(BiLstmConfig, BiLstmForTokenClassificat
 def make_bilstm(
     options: Mapping[str, Any], embeddings: str | Path | None, info: StudentInfo
 ) -> BiLstm:
-    """A new one, with its words.
-
-    Args:
-        options: fields of `BiLstmConfig`, and those of its vocabulary; see `load_student`.
-        embeddings: file of word vectors.
-        info: the cache's side.
+    """A new one, with its words; options and embeddings are those of `load_student`.
 
     Raises:
         UsageError: an unknown option, or what it needs is not there.

@@ -212,7 +212,6 @@ def better(line: Mapping[str, Any], args: TrainingArguments, state: TrainerState
     no better than any.
 
     Args:
-        line: its figures.
         args: with the name of the figure, and whether it rises.
         state: with all figures that were logged, and the step of the best.
     """
@@ -246,7 +245,7 @@ class Watch:
         Args:
             step: its number, from 1.
             loss: of its last batch.
-            parameters: names and parameters, with the gradients of the whole step.
+            parameters: with the gradients of the whole step.
         """
         grads = {name: p.grad for name, p in parameters if p.grad is not None}
         local = {name: getattr(g, "_local_tensor", g) for name, g in grads.items()}
@@ -271,8 +270,7 @@ class Watch:
 class CheckpointingTrainer(Trainer):  # type: ignore[misc]
     """The HF Trainer with checkpoints that are whole or absent, of finite weights.
 
-    Attributes:
-        bring_checkpoint: brings the checkpoint of a step to this machine, where it may be missing.
+    `bring_checkpoint` brings the checkpoint of a step to this machine, where it may be missing.
     """
 
     bring_checkpoint: Callable[[int], None] = staticmethod(lambda step: None)

@@ -90,10 +90,6 @@ def hard_labels(task: str, labels: Tensor) -> Tensor:
 
     Of several labels a row, the share of its classes that is known counts: their loss is a mean
     over all classes, and has nothing of the others.
-
-    Args:
-        task: of the model.
-        labels: as a batch has them.
     """
     if TASKS[task].answers != "labels":
         return labelled(labels, task).sum()
@@ -103,10 +99,6 @@ def hard_labels(task: str, labels: Tensor) -> Tensor:
 def label_shares(task: str, inputs: Mapping[str, Any]) -> Tensor:
     """float64 [2]: hard labels by what a batch's loss is a mean over, infinite on a rank without
     rows, and those of them that have no soft target.
-
-    Args:
-        task: of the model.
-        inputs: a batch.
     """
     known = hard_labels(task, inputs["labels"]).double()
     others = inputs.get("hard_labels")
@@ -234,9 +226,6 @@ class Totals:
         """Add a batch.
 
         Args:
-            stream: where it is from.
-            inputs: of the student.
-            outputs: a `DistillationOutput`.
             count: what its losses are a mean over.
             text: the `text` of the batch, where figures are in bytes, too.
 

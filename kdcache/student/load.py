@@ -418,12 +418,9 @@ def begin_from(
     """Give a student the weights of an earlier one.
 
     Args:
-        student: what `load_student` made.
-        tokenize: what `student_tokenize` gives for it.
+        tokenize: what `student_tokenize` gives for the student.
         source: folder or hub id of the earlier one, such as a run's.
-        info: the cache's side.
         lora: the adapter that is trained, whose weights are then taken from an earlier adapter.
-        trust_remote_code: run code that the earlier student brings.
 
     Raises:
         UsageError: it has another shape, another tokenizer, or an adapter on another base.

@@ -58,9 +58,7 @@ class OneAnswer:
     """Counts of hard labels.
 
     Attributes:
-        task: one of `kdcache.tasks.TASKS`.
         outputs: ids or classes of an answer.
-        names: of the classes, where they have some.
         count: labels, or rows with some.
     """
 
@@ -98,9 +96,7 @@ class OneAnswer:
 
     def figures(self, **how: Any) -> dict[str, float]:
         """By the names of `METRICS`, and `hard_loss` as trainings log it; empty without labels.
-
-        Args:
-            how: divergence of the hard loss of scores, see `score_loss`.
+        `how` is the divergence of the hard loss of scores, see `score_loss`.
         """
         if not self.count:
             return {}
@@ -152,8 +148,7 @@ def little_learnt(
     empty of others.
 
     Args:
-        task: of the model.
-        found: its figures.
+        found: the model's figures.
         one: those of `OneAnswer.figures` on the same labels.
         after: where they are from, in words.
         steps: of its training, if that is known.

@@ -54,8 +54,6 @@ def check_rows(
     """Refuse a student that reads padding or later tokens; set its `needs_mask`.
 
     Args:
-        name: of the student, for messages.
-        student: with its weights, on any device.
         batch: a few rows of different lengths, right-padded: `input_ids`, `attention_mask`,
             `labels`. Students with inputs of another kind are not checked. Of a language model's
             rows that are equally long one is cut.
@@ -187,10 +185,8 @@ def _check_gradients(
     """Refuse a student if its gradients are not finite, or change where its batch is padded.
 
     Args:
-        name: of the student, for messages.
-        student: that gave the losses.
-        alone: of each row by itself.
-        padded: of one batch of these rows.
+        alone: losses of each row by itself.
+        padded: that of one batch of these rows.
     """
     if not (loss := torch.stack([*alone]).sum()).isfinite():
         return
@@ -267,8 +263,6 @@ def check_pairs(
     """Refuse a student that reads padding or later tokens, or that does not read the source.
 
     Args:
-        name: of the student, for messages.
-        student: with its weights, on any device.
         batch: a few rows, right-padded: `input_ids`, `attention_mask`, `decoder_input_ids`,
             `labels`. Where all sources or all targets are equally long one is cut.
         trains: try its gradients, too.
@@ -386,9 +380,7 @@ def check_documents(student: nn.Module, input_ids: Tensor) -> None:
 def in_one_row(student: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The rows of a batch end to end, for FlashAttention; else the batch as it is.
 
-    Args:
-        student: a causal language model.
-        inputs: with `position_ids`; padding is a document too.
+    The inputs have `position_ids`; padding is a document too.
     """
     implementation = getattr(text_config(getattr(student, "config", None)), _ATTENTION, None)
     if "flash" not in str(implementation):

@@ -28,7 +28,6 @@ class Computing:
     """What a training process computes with.
 
     Attributes:
-        gpu: whether it has a GPU.
         precision: "bf16", "fp16" or "float32".
         tf32: whether float32 products may round their factors to TF32.
     """
@@ -83,9 +82,7 @@ class Computing:
 def use_one_gpu(arguments: Any, advice: str = "") -> None:
     """Keep a Trainer from wrapping its model in DataParallel where a process sees several GPUs.
 
-    Args:
-        arguments: `TrainingArguments`.
-        advice: how to use all of them; what to say, `{gpus}` is their number.
+    `advice` says how to use all of them; `{gpus}` is their number.
     """
     gpus = arguments.n_gpu
     if gpus > 1:
@@ -110,10 +107,6 @@ def shard_over_ranks(accelerator: Accelerator, plugin_args: Mapping[str, Any]) -
     """Have accelerate shard with FSDP, on a CPU too, by a policy that keeps inputs and the loss.
 
     accelerate leaves FSDP out on a CPU without a message, although torch shards over gloo as well.
-
-    Args:
-        accelerator: of a Trainer.
-        plugin_args: the Trainer's `fsdp_plugin_args`.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:

@@ -59,7 +59,6 @@ class SavedModel:
 
     Attributes:
         name: as the user gave it.
-        files: where they are.
     """
 
     name: str
@@ -158,9 +157,7 @@ class SavedModel:
     @cached_property
     def tokenizer(self) -> Any:
         """The model's own tokenizer, or None if it reads another model's ids."""
-        if self.files.has_tokenizer:
-            return self.files.tokenizer
-        return None
+        return self.files.tokenizer if self.files.has_tokenizer else None
 
     @cached_property
     def tokenizer_sha256(self) -> str | None:
@@ -198,18 +195,21 @@ class SavedModel:
             shapes |= self.files.adapter.shapes()
         return sum(math.prod(shape) for shape in shapes.values())
 
-    def encode(
-        self, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int | None = None
-    ) -> list[Row]:
-        """Rows of texts, without labels, by the model's own tokenizer; cut to what it can read."""
-        own = self.tokenizer
-        if own is None and self.is_factory:
-            own = word_reader()  # it tokenises by itself, if at all: only the lengths count
-        if own is None:
+    def _own_tokenizer(self) -> Any:
+        if self.tokenizer is None:
             raise UsageError(
                 f"{self.who} has no tokenizer: it reads the teacher's ids. "
                 "Copy the teacher's tokenizer files into its folder."
             )
+        return self.tokenizer
+
+    def encode(
+        self, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int | None = None
+    ) -> list[Row]:
+        """Rows of texts, without labels, by the model's own tokenizer; cut to what it can read."""
+        # Made by a function it tokenises by itself, if at all: only the lengths count.
+        alone = self.tokenizer is None and self.is_factory
+        own = word_reader() if alone else self._own_tokenizer()
         bounds = [n for n in (max_length, self.reach, own.model_max_length) if n is not None]
         encoded = own(
             list(texts),
@@ -247,12 +247,7 @@ class SavedModel:
         Raises:
             UsageError: the model has no tokenizer, a word no token, or a row is too long.
         """
-        if self.tokenizer is None:
-            raise UsageError(
-                f"{self.who} has no tokenizer: it reads the teacher's ids. "
-                "Copy the teacher's tokenizer files into its folder."
-            )
-        read = WordTokenize(self.tokenizer).read(sentences)
+        read = WordTokenize(self._own_tokenizer()).read(sentences)
         return [
             tagged_row(words, own, found)
             for words, own, found in zip(sentences, labels, read, strict=True)
@@ -298,7 +293,6 @@ class LoadedModel:
     """A loaded model: rows in, logits out.
 
     Attributes:
-        saved: its files.
         run: rows to slices of logits, one row a position in row-major order.
         order: which of its classes is each of the targets' classes; None where they agree.
     """

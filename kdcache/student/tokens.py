@@ -46,15 +46,12 @@ class StudentInfo:
     """What a student must know about its cache.
 
     Attributes:
-        task: one of `kdcache.tasks.TASKS`.
         vocab_size: ids of the cache's tokenizer.
         num_labels: outputs: classes of a classifier, 1 of a score.
-        label_names: names of classes, in order.
         pad_id: id of padding in the cache's batches.
         texts: training texts for a word vocabulary; read once.
         tokenizer: the cache's tokenizer, to compare with a student's own.
         across: whether vocabulary and tokenizer are the student's and not the cache's.
-        seed: of random weights.
         decoder_start: of a sequence-to-sequence cache: what its teacher's decoder reads first.
         mean: of scores: what a new head answers before it has learnt.
     """
@@ -164,12 +161,7 @@ def student_tokenize(
 
 @dataclass(frozen=True)
 class HfTokenize:
-    """A Hugging Face tokenizer as a function from texts to padded tensors.
-
-    Attributes:
-        tokenizer: any `PreTrainedTokenizerBase`.
-        max_length: longer rows are cut.
-    """
+    """A Hugging Face tokenizer as a function from texts to padded tensors; longer rows are cut."""
 
     tokenizer: Any
     max_length: int
@@ -193,13 +185,9 @@ class HfTokenize:
 
 @dataclass(frozen=True)
 class WordTokenize:
-    """A Hugging Face tokenizer as a function from sentences of words to padded tensors.
+    """A fast tokenizer as a function from sentences of words to padded tensors.
 
-    No row is cut, since each word has a target.
-
-    Attributes:
-        tokenizer: a fast one.
-        reach: most tokens that the student reads.
+    No row is cut, since each word has a target: one beyond the student's `reach` is refused.
     """
 
     tokenizer: Any

@@ -54,10 +54,8 @@ def recorded(
     """The caches, their order and the loss of a run.
 
     Args:
-        stream: of the training.
         model: its alpha, divergence and tail are recorded if it has them.
         alpha: weight of the hard loss at each step; None for the model's.
-        steps: of the whole run.
 
     Returns:
         Values by name, flat as MLflow needs them. A schedule is `start:end`.
@@ -205,8 +203,8 @@ class DistillationTrainer(CheckpointingTrainer):
 
         Args:
             resume_from_checkpoint: a checkpoint's folder, or True for the last one of the run.
-            args: as for the HF Trainer.
-            kwargs: as for the HF Trainer.
+            args: as for the HF Trainer, like `kwargs`.
+            kwargs: see `args`.
 
         Raises:
             UsageError: the checkpoint is of other caches or another identity; or there is none, and

@@ -238,9 +238,6 @@ class DistilledStudent(nn.Module):
     def check_reach(self, inputs: Mapping[str, Any]) -> None:
         """Refuse rows beyond the student's table of positions.
 
-        Args:
-            inputs: the student's, of a batch.
-
         Raises:
             UsageError: a row is longer than it reads.
         """
@@ -294,9 +291,6 @@ class DistilledStudent(nn.Module):
             first_tokens: the loss does not need them.
             inputs: the student's, such as `input_ids` and `attention_mask`; those that its forward
                 does not name are left out.
-
-        Returns:
-            DistillationOutput.
 
         Raises:
             UsageError: no labels, targets of other positions, a divergence that the targets do not

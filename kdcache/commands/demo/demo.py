@@ -59,7 +59,7 @@ class StudentScores:
         name: what it was trained on, and its architecture.
         cross_entropy: held out, nats per position.
         kl: KL(teacher || student) held out, nats per position, exact.
-        steps: steps of its training; None for the teacher.
+        steps: of its training; None for the teacher.
         teacher_seconds: cost of running the teacher during its training, at the speed of the build.
     """
 
@@ -149,7 +149,6 @@ def demo(options: DemoOptions, report: Report = lambda line: None) -> DemoResult
     """Make a teacher, cache it once, train three students from the cache, and compare them.
 
     Args:
-        options: see `DemoOptions`.
         report: called with a line of text as the steps go.
 
     Raises:

@@ -45,8 +45,6 @@ class TeacherSizes:
 
     Attributes:
         max_length: tokens it reads at most.
-        hidden: width of its states.
-        epochs: passes over the training documents.
         seed: of its weights and of the order.
     """
 

@@ -96,8 +96,6 @@ class FinetuneResult:
     Attributes:
         label_names: its classes, in the order of the logits; none of a score, and of targets.
         unlabelled: rows left out because they had no label.
-        truncated: texts that were cut at `max_length`.
-        loss: mean training loss.
         accuracy: on the evaluation corpus, 0 to 1, as all that follow; None without one.
         f1: of entities, where the classes are their tags; else of class 1
             where there are two, or the mean over classes.
@@ -107,7 +105,7 @@ class FinetuneResult:
         max_length: tokens of the longest row, at which `build` lets the teacher answer.
         max_source_length: likewise of a source.
         warning: where the model is hardly better than one answer for all; see `TrainResult`.
-        made: False where the folder was finished before and nothing was done.
+        made: False where the folder was finished before.
     """
 
     out: str
@@ -143,7 +141,6 @@ def finetune(
     """Fine-tune an encoder on labelled texts.
 
     Args:
-        options: see `FinetuneOptions`.
         on_progress: called every `logging_steps` steps and after each evaluation.
         report: takes a line about what is done before and between them.
 

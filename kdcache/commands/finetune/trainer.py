@@ -154,11 +154,7 @@ def labelled_rows(
 
 
 def class_weights(rows: Sequence[Row], classes: int) -> Tensor:
-    """Weights of the classes under which each counts the same and the mean over rows is 1.
-
-    Args:
-        rows: labelled ones.
-        classes: how many there are.
+    """Weights of classes under which each counts the same and the mean over labelled rows is 1.
 
     Returns:
         labels / (classes found * labels of the class), float32 [classes]; 0 for one without any.

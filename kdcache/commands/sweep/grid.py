@@ -61,8 +61,7 @@ class GridRun:
         name: the values that distinguish it, and the beginning of the key.
         setting: option to value, as people read them, of what the grid crosses; `-` where the
             student does not depend on it.
-        options: of the run, all but `out`.
-        plan: these options with their caches opened.
+        plan: its options, all but `out`, with their caches opened.
     """
 
     key: str
@@ -84,7 +83,6 @@ class Grid:
 
     Attributes:
         crossed: options with several values, in the order of the file.
-        runs: each once.
         combinations: how many combinations of values these runs cover.
     """
 
@@ -94,10 +92,7 @@ class Grid:
 
     @classmethod
     def read(cls, path: str | Path) -> Grid:
-        """Read a grid and check everything about each run except its student.
-
-        Args:
-            path: the YAML file.
+        """Read a YAML file and check everything about each run except its student.
 
         Raises:
             UsageError: lists everything that is wrong.

@@ -214,7 +214,6 @@ def teacher_figures(
 
     Args:
         caches: the evaluation caches of all runs; empty where they have none or different ones.
-        results: of the runs.
         evaluated: whether figures are of evaluation caches, or of training.
         deltas: `huber_delta` of all runs, None of those whose error of scores is the squared one:
             the teacher's error is theirs, or left out where they have several.
@@ -273,12 +272,7 @@ Point = tuple[dict[str, str], float, float]  # setting, mean and deviation of th
 
 
 def plot_sweep(path: Path, result: SweepResult) -> None:
-    """Draw the figure that ranks the settings; without matplotlib a line states what it needs.
-
-    Args:
-        path: the PNG file.
-        result: of the sweep.
-    """
+    """Draw the figure that ranks the settings; without matplotlib a line states what it needs."""
     if not installed("plot"):
         logger.warning("no %s without matplotlib (%s)", path.name, install_command("plot"))
         return

@@ -166,9 +166,7 @@ class SweepProgress:
     """The progress of a sweep.
 
     Attributes:
-        failed: given up.
         step: steps done, over all runs.
-        steps: steps of all runs.
         before: steps that were done before this sitting.
         seconds: since this sitting began to train.
     """
@@ -188,7 +186,6 @@ def sweep(
     """Train or resume every run of a grid, and compare their figures.
 
     Args:
-        options: see `SweepOptions`.
         on_progress: called about once a second and after every run.
 
     Raises:

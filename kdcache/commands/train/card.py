@@ -34,8 +34,6 @@ def model_card(plan: RunPlan, result: TrainResult, model_type: str | None) -> st
     """What was distilled from what, how well, and how to load it.
 
     Args:
-        plan: of the run.
-        result: of the run.
         model_type: of the student as transformers knows it; None for a `module:function`.
     """
     options, spec = plan.options, plan.caches[0].spec
@@ -132,12 +130,7 @@ _LOSSES = {  # of the log, the first charts
 
 
 def plot_run(path: str, result: TrainResult) -> None:
-    """Draw what a run logged, training and evaluation, next to its teacher's cross-entropy.
-
-    Args:
-        path: the PNG file.
-        result: of the run, whose folder has its log.
-    """
+    """Draw what a run logged, training and evaluation, next to its teacher's cross-entropy."""
     charts = charts_of(read_metrics(Path(result.out)), result)
     note = "" if result.best_step is None else f"the student is that of step {result.best_step}"
     plot_charts(path, charts, title=Path(result.out).name, note=note)

@@ -59,9 +59,6 @@ _MOST_CPUS = 8
 def train_on_ray(plan: RunPlan) -> TrainResult:
     """Run a training on Ray workers; a lost worker restarts them all from the last checkpoint.
 
-    Args:
-        plan: of `num_workers` of 2 or more.
-
     Raises:
         UsageError: the cluster lacks what the workers need.
         KdcacheError: the workers failed for good.
@@ -185,7 +182,6 @@ def need_of(options: TrainOptions, nodes: Sequence[Mapping[str, float]], *, grow
     """What each worker needs.
 
     Args:
-        options: of the run.
         nodes: resources of each node that is up.
         grows: whether there may be more later, as on a cluster. A cluster is rented for its GPUs,
             also where it has none yet.

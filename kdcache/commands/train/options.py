@@ -36,12 +36,7 @@ from kdcache.tasks import PositionFigure, check_position_share
 
 @dataclass(frozen=True)
 class Schedule:
-    """A number that may change linearly over a run.
-
-    Attributes:
-        start: value at the first step.
-        end: value at the last step.
-    """
+    """A number that may change linearly over a run, from its first step to its last."""
 
     start: float
     end: float
@@ -95,12 +90,8 @@ class Launched:
 
     Attributes:
         launcher: what started them, for messages.
-        rank: number of this one, from 0.
         world_size: how many there are, 2 or more.
-        local_rank: its number on its node.
-        local_world_size: how many are on its node.
         address: host of the first one, where all meet.
-        port: on that host.
     """
 
     launcher: str

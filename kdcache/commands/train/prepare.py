@@ -115,7 +115,7 @@ class RunPlan:
 
         Args:
             options: of the run.
-            on_progress: see `train`, as `report`.
+            on_progress: see `train`.
             report: takes what a user should know.
             opened: names to caches, for callers that make many plans of the same ones.
 
@@ -324,10 +324,7 @@ class RunPlan:
 
 
 def train_folder(out: str) -> TrainFolder:
-    """The folder of a run.
-
-    Args:
-        out: path or URL.
+    """The folder of a run, at a path or a URL.
 
     Raises:
         UsageError: a URL that cannot be opened.
@@ -367,7 +364,6 @@ def _labelled(caches: Sequence[Cache], shards: int | None = None) -> bool:
     """Whether any row has a hard label; the rows of a language model have by their nature.
 
     Args:
-        caches: the caches.
         shards: how many of each are read at most, where there is no label; all by default.
     """
     if any(TASKS[cache.spec.task].over_ids for cache in caches):

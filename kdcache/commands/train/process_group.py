@@ -39,11 +39,7 @@ _PEER_GONE = re.compile(
 
 
 class SharedError(Exception):
-    """Raised in all processes alike, for an error that one of them had.
-
-    Attributes:
-        error: that error.
-    """
+    """Raised in all processes alike, for an error that one of them had."""
 
     def __init__(self, error: KdcacheError) -> None:
         """Wrap it."""
@@ -59,12 +55,10 @@ def train_in_group(
     locked: bool = False,
     owner: str = "",
 ) -> TrainResult:
-    """Train as one of the processes of torch.distributed's default group.
+    """Train as one of the processes of torch.distributed's default group; the first one reports.
 
     Args:
         options: the same in all of them; `num_workers` is their number.
-        on_progress: called in the first one.
-        report: as of `train`.
         locked: the run's folder is locked by whoever started the processes.
         owner: what they own a run in an object store by.
 
@@ -165,8 +159,6 @@ def train_launched(
     Args:
         options: without `num_workers` and `address`, which the launcher decides.
         launched: this process among them.
-        on_progress: called in the first one.
-        report: as of `train`.
 
     Raises:
         UsageError, IncompleteError: as `train`; also where the processes do not find each other, or
@@ -180,15 +172,14 @@ def train_launched(
         shared.error.reported = launched.rank != 0
         raise shared.error from None
     except KeyboardInterrupt:
-        raise _reported_by_first(launched, f"interrupted. {RunPlan.go_on(options)}") from None
+        raise _interrupted(options, launched) from None
     except KdcacheError:
         raise
     except Exception as error:
         try:
             check()  # a signal to all of them ends one first, and the others lose it
         except KeyboardInterrupt:
-            text = f"interrupted. {RunPlan.go_on(options)}"
-            raise _reported_by_first(launched, text) from None
+            raise _interrupted(options, launched) from None
         if not (isinstance(error, RuntimeError) and _PEER_GONE.search(str(error))):
             raise
         raise IncompleteError(
@@ -197,8 +188,9 @@ def train_launched(
         ) from error
 
 
-def _reported_by_first(launched: Launched, text: str) -> IncompleteError:
-    error = IncompleteError(text)
+def _interrupted(options: TrainOptions, launched: Launched) -> IncompleteError:
+    """Reported by the first process alone."""
+    error = IncompleteError(f"interrupted. {RunPlan.go_on(options)}")
     error.reported = launched.rank != 0
     return error
 

@@ -23,7 +23,6 @@ def train(
     """Train a student, or resume it, or report that it is finished.
 
     Args:
-        options: see `TrainOptions`.
         on_progress: called for every line of `metrics.jsonl`.
         report: takes a line about what is done before and between them.
 
