@@ -24,6 +24,16 @@ LLAMA = {
     "max_position_embeddings": 32,
     "tie_word_embeddings": True,
 }
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 32,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.0,
+}
 SMALL = {"embedding_size": 8, "hidden_size": 8, "dense_size": 8}  # of a biLSTM
 USUAL = {"batch_size": 8, "learning_rate": 1e-2, "logging_steps": 1, "report_to": "none"}
 

@@ -14,9 +14,8 @@ import torch
 from conftest import further
 from make_caches import CAUSAL, make_cache
 from safetensors.torch import load_file, save_file
-from small_runs import LLAMA, StopError, same, stop_at, weights
+from small_runs import BERT, LLAMA, StopError, same, stop_at, weights
 from test_student import causal_batch, causal_model
-from test_train import BERT
 from torch import Tensor
 from transformers import (
     AutoModel,

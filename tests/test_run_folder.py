@@ -13,6 +13,7 @@ import torch
 import yaml
 from make_caches import CAUSAL, make_cache
 from safetensors.torch import load_file
+from small_runs import BERT, LLAMA
 from torch import nn
 from transformers import (
     BertConfig,
@@ -27,14 +28,6 @@ from kdcache.commands.train.card import CARD_FILE
 from kdcache.errors import UsageError
 from kdcache.student.trainer import recorded
 
-BERT = {
-    "model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "intermediate_size": 16, "max_position_embeddings": 32,
-}  # fmt: skip
-LLAMA = {
-    "model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "intermediate_size": 16, "max_position_embeddings": 32, "tie_word_embeddings": True,
-}  # fmt: skip
 BAG = """
 import torch
 

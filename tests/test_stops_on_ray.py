@@ -17,6 +17,7 @@ import pytest
 import yaml
 from loaded import Program
 from make_caches import make_cache
+from small_runs import BERT, USUAL
 
 from kdcache.commands.interrupt import interruptible
 from kdcache.commands.options import SweepOptions
@@ -30,14 +31,7 @@ from kdcache.student.checkpoints import last_checkpoint
 
 pytestmark = pytest.mark.end_to_end
 
-SMALL: dict[str, Any] = {
-    "learning_rate": 1e-2, "logging_steps": 1, "report_to": "none", "batch_size": 8, "epochs": 2,
-}  # fmt: skip
-BERT = {
-    "model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "intermediate_size": 16, "max_position_embeddings": 32, "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}  # fmt: skip
+SMALL: dict[str, Any] = USUAL | {"epochs": 2}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +40,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("desk")
     make_cache(folder / "caches" / "classes", [20, 14, 11])
     make_cache(folder / "caches" / "held", [20], first=500)
-    (folder / "bert.json").write_text(json.dumps(BERT))
+    (folder / "bert.json").write_text(json.dumps(BERT | {"hidden_dropout_prob": 0.0}))
     (folder / "vectors.txt").write_text("".join(f"w{i} {i} 1 -1 0.5\n" for i in range(9, 60)))
     return folder
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+import small_runs
 import torch
 import yaml
 from click.testing import CliRunner, Result
@@ -44,14 +45,7 @@ from kdcache.plots import Level, draw_charts
 
 sweep_module = sys.modules[sweep.__module__]
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 8,
-    "max_position_embeddings": 32,
-}
+LLAMA = small_runs.LLAMA | {"hidden_size": 8}
 BILSTM = {"model_type": "kdcache-bilstm", "embedding_size": 4, "hidden_size": 4, "dense_size": 4}
 
 

@@ -17,7 +17,18 @@ from hypothesis import strategies as st
 from launched import launch
 from make_caches import CAUSAL, make_cache
 from safetensors.torch import load_file
-from small_runs import LLAMA, SMALL, USUAL, StopError, losses, metrics, same, stop_at, weights
+from small_runs import (
+    BERT,
+    LLAMA,
+    SMALL,
+    USUAL,
+    StopError,
+    losses,
+    metrics,
+    same,
+    stop_at,
+    weights,
+)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -52,17 +63,6 @@ from kdcache.student import (
 from kdcache.student.trainer import DistillationTrainer
 
 pytestmark = pytest.mark.slow
-
-BERT = {
-    "model_type": "bert",
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "max_position_embeddings": 32,
-    "hidden_dropout_prob": 0.1,
-    "attention_probs_dropout_prob": 0.0,
-}
 
 
 @pytest.fixture(scope="module")
@@ -637,15 +637,6 @@ def test_a_checkpoint_of_another_trainer_is_refused(options: Make, tmp_path: Pat
     checkpoints._seal(other, {"seconds": 1.0, "identity": {}})
     with pytest.raises(UsageError, match="checkpoint-6 is not a checkpoint of `kdcache train`"):
         train(options(resume=str(other)))
-
-
-def test_several_caches_are_weighted(options: Make, folder: Path) -> None:
-    both = {"cache": [str(folder / "classes"), str(folder / "held")], "epochs": 1}
-    assert train(options(**both)).rows == 45 + 20
-    weighted = options(**both, cache_weight=[2, 0.5], out=options().out + "-weighted")
-    assert train(weighted).rows == 90 + 10
-    with pytest.raises(UsageError, match="1 cache weights for 2 caches"):
-        options(**both, cache_weight=[2])
 
 
 def test_a_finished_run_is_left_alone(options: Make) -> None:

@@ -21,8 +21,8 @@ shape and reads the same tokens; anything else is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +112,8 @@ def load_student(
         )
     if lora is not None and info.task not in PEFT_TASKS:
         raise UsageError(f"--lora is for {', '.join(PEFT_TASKS)}; train {info.task} without it.")
-    with _seeded(info.seed):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(info.seed)
         if new_bilstm:
             from kdcache.student.bilstm import make_bilstm
 
@@ -136,13 +137,6 @@ def load_student(
 def is_model(name: str) -> bool:
     """Whether a student's name is that of a folder or a hub id, which has weights."""
     return not (name == "bilstm" or Path(name).is_file() or is_factory(name))
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def _config_file(name: str) -> dict[str, Any] | None:
@@ -211,7 +205,10 @@ def _from_config(
     ):
         given.setdefault(key, value)
     if TASKS[info.task].source:
-        given = _with_start(given, info)
+        if info.decoder_start is not None and info.decoder_start >= 0:  # as the teacher's begins
+            given.setdefault("decoder_start_token_id", info.decoder_start)
+        # What an architecture generates first or last by default is an id of someone else, too.
+        given.setdefault("forced_eos_token_id", None)
     try:
         with unreadable():
             config = AutoConfig.for_model(raw["model_type"], **given)
@@ -220,15 +217,6 @@ def _from_config(
     except UnreadableError as error:
         raise UsageError(f"student {name}: not a {info.task} architecture ({error}).") from error
     return student  # type: ignore[no-any-return]
-
-
-def _with_start(given: dict[str, Any], info: StudentInfo) -> dict[str, Any]:
-    """A new configuration that begins as the teacher's decoder does, unless it says otherwise."""
-    if info.decoder_start is not None and info.decoder_start >= 0:
-        given.setdefault("decoder_start_token_id", info.decoder_start)
-    # What an architecture generates first or last by default is an id of someone else, too.
-    given.setdefault("forced_eos_token_id", None)
-    return given
 
 
 def lost_of_encoder(model: Any, missing: Iterable[str]) -> list[str]:
