@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kdcache.errors import UsageError
 from kdcache.files import inner, sync_folder, sync_tree, write_json
@@ -276,8 +277,10 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
     bring_checkpoint: Callable[[int], None] = staticmethod(lambda step: None)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As the Trainer."""
+        """As the Trainer, which prints nothing by itself."""
         super().__init__(*args, **kwargs)
+        for noisy in (PrinterCallback, ProgressCallback):
+            self.remove_callback(noisy)
         self.add_callback(_FolderCallback(self))
         self._watch = Watch(self.args.device)
 

@@ -29,7 +29,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import TrainerControl
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kdcache.errors import UsageError, doing
 from kdcache.lora import is_adapted
@@ -119,8 +118,6 @@ class DistillationTrainer(CheckpointingTrainer):
             kwargs: see `args`.
         """
         super().__init__(*args, **kwargs)
-        for noisy in (PrinterCallback, ProgressCallback):
-            self.remove_callback(noisy)
         self.add_callback(CursorCallback(self))
         # The loss is divided by the count of the whole step: the Trainer must not divide it again.
         if self.streams:

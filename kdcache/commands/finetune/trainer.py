@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kdcache.commands.evaluate.tally import make_tally
 from kdcache.commands.finetune.options import FinetuneOptions
@@ -233,7 +232,7 @@ def make_trainer(
     callbacks = [StopOnSignal(), _EpochProgress(on_progress), SlowSteps(report)]
     if options.patience is not None:
         callbacks.append(Patience(options.patience))
-    trainer = FinetuneTrainer(
+    return FinetuneTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,
@@ -244,9 +243,6 @@ def make_trainer(
         compute_loss_func=_loss_of(options, rows, model),
         preprocess_logits_for_metrics=_of_each_token if kind.source else None,
     )
-    for noisy in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(noisy)
-    return trainer
 
 
 class _EpochProgress(ReportProgress):
