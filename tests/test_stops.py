@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from conftest import further
 from loaded import Program
 from make_caches import make_cache
 from small_runs import SMALL, StopError, metrics, same, stop_at
@@ -32,7 +33,7 @@ from kdcache.commands.train.prepare import RunPlan
 from kdcache.commands.train.train import train
 from kdcache.errors import IncompleteError, UsageError
 from kdcache.files import LOCK_FILE, alone
-from kdcache.student.checkpoints import last_checkpoint, step_of
+from kdcache.student.checkpoints import STATE_FILE, last_checkpoint, step_of
 
 pytestmark = pytest.mark.slow
 
@@ -257,6 +258,34 @@ def test_a_run_that_stopped_early_takes_no_step_more(
     # More patience is more steps.
     Path(result.out, "train.json").unlink()
     assert train(options(**EARLY | {"patience": 4})).steps > early.steps
+
+
+def names(folder: Path) -> set[str]:
+    """All files below a folder but its lock."""
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    return {name for name in found if not name.endswith(".lock")}
+
+
+@pytest.mark.parametrize("after", [*further(4), 12])
+def test_a_run_that_was_killed_leaves_what_one_does_that_was_not(
+    options: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """Killed while it deleted its oldest checkpoint and wrote; or so after its last step."""
+    out, scratch = Path(options().out), f".{'0123456789abcdef' * 2}.tmp"
+    with monkeypatch.context() as patched, pytest.raises(StopError):
+        if after == 12:
+            patched.setattr(run_module, "_save", stop)
+        train(options(), on_progress=stop_at(after + 1))
+    for checkpoint in ("checkpoint-1", f"checkpoint-{after - 1}"):
+        (out / checkpoint).mkdir()
+        (out / checkpoint / "optimizer.pt").write_bytes(b"123")
+    (out / "student.tmp").mkdir()
+    for folder in (out, out / "student.tmp"):
+        (folder / scratch).write_bytes(b"123")
+    train(options())
+    train(options(out=str(tmp_path / "other")))
+    assert names(out) == names(tmp_path / "other")
+    assert all((path / STATE_FILE).is_file() for path in out.glob("checkpoint-*"))
 
 
 # Interrupted
