@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -33,7 +34,8 @@ def test_options_tell_all_their_mistakes_at_once() -> None:
 
 @pytest.mark.end_to_end
 def test_small_demo_then_again(tmp_path: Path) -> None:
-    options = DemoOptions(str(tmp_path / "demo"), documents=30, teacher_epochs=1, student_epochs=1)
+    more: dict[str, Any] = {"documents": 30, "workers": 0, "teacher_epochs": 1, "student_epochs": 1}
+    options = DemoOptions(str(tmp_path / "demo"), **more)
     lines: list[str] = []
 
     result = demo(options, lines.append)
@@ -71,7 +73,7 @@ def test_small_demo_then_again(tmp_path: Path) -> None:
     assert again.models == result.models
     assert again.teacher_seconds == result.teacher_seconds
     with pytest.raises(UsageError, match=r"alpha 0\.1 -> 0\.5"):
-        demo(DemoOptions(options.out, documents=30, teacher_epochs=1, student_epochs=1, alpha=0.5))
+        demo(DemoOptions(options.out, **more, alpha=0.5))
 
     console = Console(record=True, width=200)
     render_demo(result, console)
