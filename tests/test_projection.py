@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -148,6 +149,10 @@ def low_rank(*places: str) -> Any:
     return model
 
 
+def plain(kind: str) -> Any:
+    return causal_model(kind, **(SIZES if kind in ("gpt2", "opt") else {})).eval()
+
+
 def biased(scale: float) -> Any:
     """Granite divides its logits; here the layer has a bias as well."""
     model = causal_model("granite", logits_scaling=1 / scale)
@@ -155,7 +160,10 @@ def biased(scale: float) -> Any:
     return model
 
 
+SIZES = {"n_embd": 16, "n_layer": 2, "n_head": 2, "ffn_dim": 24, "word_embed_proj_dim": 16}
+KINDS = ("llama", "gpt2", "opt", "gpt_neox", "qwen2", "phi")  # with and without a bias
 FUSED: dict[str, Callable[[], Any]] = {
+    **{kind: partial(plain, kind) for kind in KINDS},
     "around": lambda: Around(llama()),
     "prompt tuning": lambda: PromptTuned(llama()),
     "prefix tuning": lambda: PrefixTuned(llama()),
@@ -207,6 +215,8 @@ def compare(
     got = student(**batch)
     got.loss.backward()
     torch.testing.assert_close(got.loss, want.total)
+    torch.testing.assert_close(got.hard_loss, want.hard)
+    torch.testing.assert_close(got.soft_loss, want.soft)
     for name, p in student.named_parameters():
         expected = gradients[name]
         assert (p.grad is None) == (expected is None), name
@@ -234,6 +244,49 @@ def test_every_parameter_gets_its_gradient(name: str, fused: bool) -> None:
     assert (student._projection.layer is not None) == fused
     compare(student, causal_batch("topk:3"))
     assert "forward" not in vars(model.get_output_embeddings())
+
+
+CAPPED = {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 0.25}
+DIVERGENCES = (
+    ("forward-kl", "dense"),
+    ("reverse-kl", "topk:3"),
+    ("reverse-kl", "dense"),
+    ("jsd", "dense"),
+)
+
+
+@pytest.mark.parametrize(("divergence", "codec"), DIVERGENCES)
+@pytest.mark.parametrize(
+    ("kind", "more", "found"),
+    [
+        ("llama", {"vocab_size": V + 24}, (1.0, None)),
+        ("granite", {"logits_scaling": 8.0}, (1 / 8, None)),
+        ("cohere", {"logit_scale": 0.0625}, (0.0625, None)),
+        ("gemma2", CAPPED, (1.0, 0.25)),
+    ],
+)
+def test_every_divergence_of_padded_scaled_and_capped_logits(
+    kind: str, more: Any, found: tuple[float, float | None], divergence: str, codec: str
+) -> None:
+    model = causal_model(kind, **more)
+    how: dict[str, Any] = {"alpha": 0.3, "vocab_size": V, "divergence": divergence}
+    student, batch = DistilledStudent(model, "causal-lm", **how), causal_batch(codec)
+    compare(student, batch, divergence)
+    projection = student._projection
+    assert projection is not None
+    assert (projection.scale, projection.cap) == found
+    loss = student(**batch).loss
+    loss.backward()
+    assert not model.get_output_embeddings().weight.grad[V:].any()
+    projection.cap = None
+    assert (abs(student(**batch).loss - loss) > 1e-3) == (found[1] is not None)
+
+
+def test_a_fused_loss_makes_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = DistilledStudent(llama(), "causal-lm")
+    student(**causal_batch())  # which measures the layer
+    monkeypatch.setattr(student.student.lm_head, "forward", lambda _: pytest.fail("made logits"))
+    assert student(**causal_batch("topk:3")).loss.requires_grad
 
 
 def test_a_student_measured_without_gradients_learns_its_bias() -> None:

@@ -14,7 +14,8 @@ import pytest
 import torch
 import transformers
 from fake_quantiser import convert, fake, load, prepare, save
-from test_student import LM, SIZES, causal_model, check_against_own_logits, scale_of
+from test_projection import compare
+from test_student import LM, SIZES, causal_batch, causal_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from transformers import AutoModelForCausalLM
@@ -179,8 +180,10 @@ def test_the_loss_sees_the_output_layer_that_the_student_uses(
     torch.manual_seed(1)
     model = causal_model("llama")
     change(model)
-    student = check_against_own_logits(model)
-    assert (scale_of(student) is not None) == fused
+    student = DistilledStudent(model, "causal-lm", alpha=0.3)
+    compare(student, causal_batch())
+    assert student._projection is not None
+    assert (student._projection.layer is not None) == fused
 
 
 def test_quantised_weights_and_missing_libraries_are_refused(

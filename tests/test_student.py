@@ -78,100 +78,9 @@ def causal_batch(codec: str = "sample:3", t: float = 2.0, vocab: int = V) -> dic
     return {**batch, "targets": SparseTargets(top, weights, rest, exact, t)}
 
 
-def expected(model: Any, batch: dict[str, Any], **options: Any) -> Any:
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    places = batch["labels"] != -100
-    return distillation_loss(logits[places], batch["labels"][places], batch["targets"], **options)
-
-
-def check_against_own_logits(
-    model: Any, codec: str = "sample:3", **options: Any
-) -> DistilledStudent:
-    """Loss and gradients of the wrapper against the reference on the model's own logits."""
-    batch = causal_batch(codec)
-    student = DistilledStudent(model, "causal-lm", alpha=0.3, **options)
-    want = expected(
-        model,
-        batch,
-        alpha=0.3,
-        vocab_size=options.get("vocab_size"),
-        **{k: v for k, v in options.items() if k in ("divergence", "tail")},
-    )
-    want.total.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    got = student(**batch)
-    got.loss.backward()
-    torch.testing.assert_close(got.loss, want.total)
-    torch.testing.assert_close(got["hard_loss"], want.hard)
-    torch.testing.assert_close(got["soft_loss"], want.soft)
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(
-            p.grad, gradients[name], rtol=2e-4, atol=1e-5 * float(gradients[name].abs().max() + 1)
-        )
-    return student
-
-
-def scale_of(student: DistilledStudent) -> float | None:
-    """What was measured: None where the loss takes the model's own logits."""
-    assert student._projection is not None
-    return student._projection.scale
-
-
-@pytest.mark.parametrize("codec", ["sample:3", "topk:3", "dense"])
-def test_a_plain_head_is_fused_and_equal(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = causal_model("llama")
-    student = check_against_own_logits(model, codec)
-    assert scale_of(student) == 1.0
-    # From now on nothing needs whole logits.
-    monkeypatch.setattr(model.lm_head, "forward", lambda _: pytest.fail("the logits were made"))
-    assert student(**causal_batch(codec)).loss.requires_grad
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "opt", "gpt_neox", "qwen2", "phi"])
-def test_other_plain_heads_with_and_without_bias(kind: str) -> None:
-    sizes = (
-        {"n_embd": 16, "n_layer": 2, "n_head": 2, "ffn_dim": 24, "word_embed_proj_dim": 16}
-        if kind in ("gpt2", "opt")
-        else {}
-    )
-    assert scale_of(check_against_own_logits(causal_model(kind, **sizes).eval())) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("kind", "more", "scale"),
-    [
-        ("granite", {"logits_scaling": 8.0}, 1 / 8),
-        ("cohere", {"logit_scale": 0.0625}, 0.0625),
-    ],
-)
-def test_scaled_logits_are_fused_with_their_scale(
-    kind: str, more: dict[str, Any], scale: float
-) -> None:
-    assert scale_of(check_against_own_logits(causal_model(kind, **more))) == scale
-
-
-GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8}
-
-
-@pytest.mark.parametrize("cap", [0.25, 1.0])
-@pytest.mark.parametrize("divergence", ["forward-kl", "reverse-kl"])
-def test_soft_capped_logits_are_fused_with_their_cap(cap: float, divergence: str) -> None:
-    model = causal_model("gemma2", final_logit_softcapping=cap, **GEMMA)
-    student = check_against_own_logits(model, "topk:3", divergence=divergence)
-    projection = student._projection
-    assert projection is not None
-    assert (projection.scale, projection.cap) == (1.0, cap)
-    projection.cap = None
-    with torch.no_grad():
-        uncapped = student(**causal_batch("topk:3")).loss
-        projection.cap = cap
-        assert abs(uncapped - student(**causal_batch("topk:3")).loss) > 1e-3
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_cap_is_found_even_while_logits_are_small(dtype: torch.dtype) -> None:
-    model = causal_model("gemma2", final_logit_softcapping=30.0, **GEMMA).to(dtype)
+    model = causal_model("gemma2", final_logit_softcapping=30.0, head_dim=8).to(dtype)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1e-2)
@@ -179,19 +88,6 @@ def test_a_cap_is_found_even_while_logits_are_small(dtype: torch.dtype) -> None:
     assert student(**causal_batch()).loss.requires_grad
     assert student._projection is not None
     assert (student._projection.scale, student._projection.cap) == (1.0, 30.0)
-
-
-@pytest.mark.parametrize(
-    ("codec", "divergence"), [("topk:3", "reverse-kl"), ("dense", "jsd"), ("dense", "reverse-kl")]
-)
-def test_other_divergences_for_language_models(codec: str, divergence: str) -> None:
-    check_against_own_logits(causal_model("llama"), codec, divergence=divergence)
-
-
-def test_padded_student_vocabulary() -> None:
-    model = causal_model("llama", vocab_size=V + 24)
-    check_against_own_logits(model, "topk:3", vocab_size=V)
-    assert (model.lm_head.weight.grad[V:] == 0).all()
 
 
 def test_the_head_check_draws_no_random_numbers_and_restores_modes() -> None:
