@@ -512,9 +512,10 @@ def test_an_interrupted_adapter_continues_from_its_checkpoint_on_its_base_alone(
         ({"lora": "r=2", "train_last": 1}, "--lora freezes all of the encoder"),
         ({"lora": "r=2", "head_width": 8}, "leave out --lora or --head-width"),
         ({"lora": "r=2,targets=q_proj"}, "model .*bert has no linear layer q_proj to adapt; its"),
+        ({"task": "token-classification", "head_width": 8}, "is for classifiers of whole texts"),
     ],
 )
-def test_adapters_that_cannot_be_are_refused(
+def test_parts_that_cannot_be_trained_are_refused(
     options: Make, changes: dict[str, Any], told: str
 ) -> None:
     pytest.importorskip("peft", reason="peft is optional")

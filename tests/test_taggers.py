@@ -105,22 +105,6 @@ def test_an_evaluation_without_entities_selects_no_epoch(
         finetune(options)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"head_width": 8}, "--head-width is for classifiers of whole texts"),
-        (
-            {"task": "causal-lm"},
-            "and sequence-to-sequence models. Train a language model with transformers or TRL",
-        ),
-    ],
-)
-def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
-    options = {"task": "token-classification", **options}
-    with pytest.raises(UsageError, match=message):
-        FinetuneOptions(model="m", corpus=("a",), out="b", **options)
-
-
 def test_predictions_of_lists_texts_and_standard_input(tagger: Any, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(
         '{"tokens": ["Smith", "New York"]}\n{"tokens": []}\n{"tokens": null}\n'

@@ -132,12 +132,8 @@ def test_hard_labels_alone_leave_words_without_a_label_out(
     assert int(batch["count"]) == int(labelled(labels, TOKEN_CLASSIFICATION).sum()) > 0
 
 
-def test_teachers_and_students_that_do_not_fit_are_refused(
-    tag_caches: dict[str, str],
-    tiny_tagger: Path,
-    tiny_classifier: Path,
-    tagged_corpus: Path,
-    tmp_path: Path,
+def test_a_teacher_of_another_task_is_refused(
+    tiny_classifier: Path, tagged_corpus: Path, tmp_path: Path
 ) -> None:
     options = BuildOptions(
         teacher=(str(tiny_classifier),), corpus=(str(tagged_corpus),), workers=0,
@@ -145,12 +141,6 @@ def test_teachers_and_students_that_do_not_fit_are_refused(
     )  # fmt: skip
     with pytest.raises(UsageError, match="was not trained for token-classification"):
         build(options)
-    model = AutoModelForTokenClassification.from_pretrained(tiny_tagger)
-    model.config.id2label = dict(enumerate(TAGS[::-1]))
-    model.config.label2id = {tag: i for i, tag in enumerate(TAGS[::-1])}
-    model.save_pretrained(tmp_path / "turned")
-    with pytest.raises(UsageError, match="has the classes I-LOC, B-LOC, I-PER, B-PER, O in this"):
-        run(tag_caches["first"], str(tmp_path / "turned"), tmp_path / "run")
 
 
 def test_classes_in_another_order_are_put_in_the_teachers(
@@ -165,6 +155,8 @@ def test_classes_in_another_order_are_put_in_the_teachers(
             part.copy_(part.flip(0))
     model.save_pretrained(tmp_path / "turned")
     AutoTokenizer.from_pretrained(tiny_tagger).save_pretrained(tmp_path / "turned")
+    with pytest.raises(UsageError, match="has the classes I-LOC, B-LOC, I-PER, B-PER, O in this"):
+        run(tag_caches["first"], str(tmp_path / "turned"), tmp_path / "run")
     found = evaluate(
         EvaluateOptions(student=(str(tmp_path / "turned"),), cache=tag_caches["first"])
     ).models[1]

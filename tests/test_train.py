@@ -179,6 +179,7 @@ def test_every_cache_must_suit(
     train_on, evaluate_on = ([str(folder / name) for name in names] for names in (caches, held))
     with pytest.raises(UsageError, match=match):
         train(options(cache=train_on, eval_cache=evaluate_on, **more))
+    assert not Path(options().out).exists()
 
 
 @pytest.mark.parametrize(
