@@ -27,7 +27,7 @@ from kdcache.commands.finetune.finetune import finetune
 from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.sweep.sweep import on_gpus
 from kdcache.commands.train import on_ray
-from kdcache.commands.train import trainer as trainer_module
+from kdcache.commands.train import student as trainer_module
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.errors import UsageError
