@@ -19,7 +19,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cli.commands import public_names
-from kdcache.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from kdcache.align import Aligner, Alignment, CachedRow, TokenBytes
@@ -64,7 +63,7 @@ if TYPE_CHECKING:
     )
     from kdcache.commands.plan.plan import plan
     from kdcache.commands.plan.result import PlanResult
-    from kdcache.commands.predict.predict import PredictResult, predict
+    from kdcache.commands.predict import PredictResult, predict
     from kdcache.commands.report.report import ReportResult, report
     from kdcache.commands.run_folder import TrainResult
     from kdcache.commands.share import ShareResult, pull, push
@@ -85,6 +84,7 @@ if TYPE_CHECKING:
     from kdcache.student.trainer import DistillationTrainer
     from kdcache.targets import Codec, DenseTargets, SoftTargets, SparseTargets
 
+__version__ = "0.1.0"
 
 _HOMES = {  # of public names, besides those of commands
     "kdcache.align": ("Aligner", "Alignment", "CachedRow", "TokenBytes"),

@@ -26,7 +26,7 @@ from kdcache.commands.options import (
     SweepOptions,
     TranscodeOptions,
 )
-from kdcache.commands.predict.predict import predict
+from kdcache.commands.predict import predict
 from kdcache.commands.sweep.sweep import sweep
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train

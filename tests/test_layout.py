@@ -31,7 +31,6 @@ GROUND = {
     "plots",
     "humanize",
     "metrics",
-    "version",
 }
 ONLY = {  # a library, and where alone it may be imported
     "click": r"cli/.*",

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdcache.cache import Cache
 from kdcache.cli.main import cli
-from kdcache.cli.view_plan import render_plan
+from kdcache.cli.views import render_plan
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.options import PlanOptions

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from kdcache.cache import Cache
 from kdcache.commands.options import PredictOptions
-from kdcache.commands.predict.predict import predict
+from kdcache.commands.predict import predict
 from kdcache.errors import UsageError
 
 pytestmark = pytest.mark.slow
@@ -40,7 +40,7 @@ def test_predictions_come_in_order_whatever_the_batches(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(sys.modules["kdcache.commands.predict.predict"], "_WINDOW", window)
+    monkeypatch.setattr(sys.modules["kdcache.commands.predict"], "_WINDOW", window)
     out = tmp_path / "new" / "out.jsonl"
     result = predict(
         PredictOptions(
@@ -131,7 +131,7 @@ def test_standard_input_that_is_no_text_is_refused(
 
 def test_prediction_streams(student_classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never more than one window is read ahead of what is written."""
-    monkeypatch.setattr(sys.modules["kdcache.commands.predict.predict"], "_WINDOW", 10)
+    monkeypatch.setattr(sys.modules["kdcache.commands.predict"], "_WINDOW", 10)
     output = io.StringIO()
     ahead = []
 

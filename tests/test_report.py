@@ -25,7 +25,7 @@ from kdcache.cli.main import cli
 from kdcache.commands.inspect import _read, inspect
 from kdcache.commands.inspect_result import Guess, PositionView, RowView
 from kdcache.commands.options import InspectOptions, ReportOptions
-from kdcache.commands.report import rows as report_rows
+from kdcache.commands.report import sections as report_rows
 from kdcache.commands.report.charts import Curve, Table, curves, histogram
 from kdcache.commands.report.gather import CachePart, RunPart, SweepPart, gather
 from kdcache.commands.report.report import MOST_BYTES, environment, markup, render_page, report
@@ -104,7 +104,8 @@ def test_a_name_turns_no_figure_behind_it(name: str) -> None:
     """A class that ends in an override of the direction made 0.467 read 764.0."""
     guess = Guess(0, name, 0.467)
     position = PositionView(0, None, 0, name, None, (guess,), 0.0)
-    cell = report_rows._cells(position, per_token=False, exact=True)["guesses"]
+    row = RowView(0, 0, 4, "", None, 1.0, True, (position,))
+    cell = report_rows._cells(position, row, per_token=False)["guesses"]
     (item,) = tree_of_blocks(Table("answers", ("label", "guesses"), [["x", cell]])).iter("li")
     isolated, figure = item
     assert (isolated.tag, figure.tag, figure.text) == ("bdi", "b", "0.467")

@@ -24,7 +24,7 @@ from kdcache.commands.options import (
     EvaluateOptions,
     PredictOptions,
 )
-from kdcache.commands.predict.predict import predict
+from kdcache.commands.predict import predict
 from kdcache.errors import UsageError
 
 pytestmark = pytest.mark.slow

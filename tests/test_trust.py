@@ -23,7 +23,7 @@ from kdcache.commands.finetune.finetune import finetune
 from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.inspect import inspect
 from kdcache.commands.options import EvaluateOptions, InspectOptions, PredictOptions
-from kdcache.commands.predict.predict import predict
+from kdcache.commands.predict import predict
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.corpus import Record

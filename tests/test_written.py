@@ -14,7 +14,7 @@ from zoo import make
 
 import kdcache
 from kdcache.commands.options import PredictOptions
-from kdcache.commands.predict.targets import Writer
+from kdcache.commands.predict import Writer
 from kdcache.errors import UsageError
 from kdcache.student.saved import SavedModel
 
@@ -93,14 +93,8 @@ def test_sources_beyond_a_model_s_original_length_share_no_batch(model: Path) ->
     sparse = {"attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1}
     species = make("bigbird_pegasus", decoder_start_token_id=1, **sparse)
     folder = species.save(model.parent / "sparse", AutoModelForSeq2SeqLM, tokenizer)
-    writer = Writer(
-        SavedModel.find(str(folder)),
-        task="seq2seq-lm",
-        dtype="float32",
-        device="cpu",
-        max_length=8,
-        max_source_length=None,
-    )
+    options = PredictOptions(str(folder), ("-",), max_length=8)
+    writer = Writer(options, SavedModel.find(str(folder)), "seq2seq-lm", "cpu")
     texts = ["a b c " * 30, "a b c " * 20, "a b", "a"]
     assert len(writer.write(texts)) == 4
-    assert list(writer._batches(range(4), writer._rows(texts))) == [[0], [1], [2, 3]]
+    assert list(writer._batches(range(4), writer._rows(texts)[0])) == [[0], [1], [2, 3]]

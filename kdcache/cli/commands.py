@@ -219,8 +219,8 @@ COMMANDS = {
     "predict": Command(
         help="Label, score or tag texts, or write their targets, as JSON lines.",
         options="commands.options:PredictOptions",
-        function="commands.predict.predict:predict",
-        result="commands.predict.predict:PredictResult",
+        function="commands.predict:predict",
+        result="commands.predict:PredictResult",
         printer="predicted",
         examples=(
             "kdcache predict --student run --corpus new.jsonl --out labelled.jsonl",

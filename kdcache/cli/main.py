@@ -19,11 +19,11 @@ from typing import Any
 
 import click
 
+from kdcache import __version__
 from kdcache.cli.commands import COMMANDS, load
 from kdcache.cli.tables import Volume, set_volume, volume_options
 from kdcache.errors import KdcacheError, UnexpectedError
 from kdcache.humanize import printable, redacted
-from kdcache.version import __version__
 
 
 def _safe(text: str) -> str:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
         VerifyOptions,
     )
     from kdcache.commands.plan.result import PlanResult
-    from kdcache.commands.predict.predict import PredictResult
+    from kdcache.commands.predict import PredictResult
     from kdcache.commands.report.report import ReportResult
     from kdcache.commands.run_folder import TrainResult
     from kdcache.commands.share import ShareResult
@@ -56,7 +56,7 @@ Next = Sequence[str] | None
 
 def planned(options: PlanOptions, result: PlanResult) -> Next:
     """Print a plan."""
-    from kdcache.cli.view_plan import render_plan
+    from kdcache.cli.views import render_plan
     from kdcache.commands.build.options import BuildOptions
     from kdcache.commands.plan.result import recommended
 

@@ -12,9 +12,9 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
+from kdcache import __version__
 from kdcache.commands.options import EnvOptions
 from kdcache.storage import redact
-from kdcache.version import __version__
 
 _PACKAGES = (
     *("torch", "transformers", "tokenizers", "safetensors", "accelerate", "ray", "h5py", "numpy"),

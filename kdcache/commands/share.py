@@ -26,6 +26,7 @@ from typing import Any
 
 import yaml
 
+from kdcache import __version__
 from kdcache.cache import Cache
 from kdcache.commands.fidelity import Band, Fidelity
 from kdcache.commands.inspect import inspect
@@ -37,7 +38,6 @@ from kdcache.humanize import counted, markdown, percent, size
 from kdcache.storage import Storage, open_storage, redact, sha256_file
 from kdcache.storage.filesystem import FileSystem
 from kdcache.tasks import TASKS
-from kdcache.version import __version__
 
 _LAST = ("spec.json", "manifest.json")
 _FILES, _BYTES = 64, 4 << 30  # of a commit, about

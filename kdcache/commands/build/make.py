@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kdcache import __version__
 from kdcache.cache import Cache, Manifest, ShardEntry
 from kdcache.cache.figures import DomainFigures, domain_figures
 from kdcache.cache.manifest import filtered_records
@@ -32,7 +33,6 @@ from kdcache.errors import IncompleteError, UsageError
 from kdcache.files import try_output
 from kdcache.humanize import counted, size
 from kdcache.storage import redact
-from kdcache.version import __version__
 
 logger = logging.getLogger(__name__)
 

@@ -63,6 +63,11 @@ class PlannedCache:
     break_even: float | None
     fidelity: tuple[Fidelity, ...]
 
+    @property
+    def declared(self) -> str:
+        """The declared temperatures, as an option."""
+        return ",".join(f"{t:g}" for t in self.temperatures)
+
 
 @dataclass(frozen=True)
 class PlanResult:
@@ -218,13 +223,9 @@ def _clouds(caches: Sequence[PlannedCache], name: str) -> list[Cloud]:
     for cache in caches:
         kind, _, argument = cache.codec.partition(":")
         for fidelity in cache.fidelity:
-            declared = f" of {{{_set(cache)}}}" if len(cache.temperatures) > 1 else ""
+            declared = f" of {{{cache.declared}}}" if len(cache.temperatures) > 1 else ""
             biased = kind == "topk"
             label = f"{kind}{' (biased)' if biased else ''}, T = {fidelity.temperature:g}{declared}"
             point = (cache.bytes_per_position, getattr(fidelity, name) or 0.0, argument or kind)
             clouds.setdefault((label, biased), []).append(point)
     return [Cloud(label, tuple(points), hollow) for (label, hollow), points in clouds.items()]
-
-
-def _set(cache: PlannedCache) -> str:
-    return ",".join(f"{t:g}" for t in cache.temperatures)

@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 from kdcache.humanize import counted
@@ -220,12 +221,24 @@ class Table:
     texts: Collection[int] = (0,)
 
 
-@dataclass(frozen=True)
+LEVELS = (0.5, 1.0, 2.0, 4.0, 6.0)
+"""Nats of surprise from which on a token has the next colour."""
+
+
+def level_of(nats: float | None) -> str:
+    """The class of a colour of surprise; empty for none."""
+    return "" if nats is None else f"s{sum(nats >= level for level in LEVELS)}"
+
+
 class Legend:
     """The colours of surprise with their meaning."""
 
     kind: ClassVar = "legend"
-    levels: Sequence[str]
+    levels = (
+        f"below {LEVELS[0]:g}",
+        *(f"{low:g} to {high:g}" for low, high in pairwise(LEVELS)),
+        f"{LEVELS[-1]:g} or more",
+    )
 
 
 @dataclass(frozen=True)

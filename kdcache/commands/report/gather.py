@@ -139,7 +139,7 @@ def gather(path: str, options: ReportOptions) -> Part:
     )
 
 
-def number(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
     """A finite number; None for another, or where there is none."""
     return None if value is None or not math.isfinite(value) else float(value)
 
@@ -154,7 +154,7 @@ def _run(folder: Path) -> RunPart:
     document = _document(there[0]) if there else {}
     with doing(f"reading {folder / METRICS_FILE}"):
         lines = read_metrics(folder)
-    log = tuple({k: v for k, v in line.items() if number(v) is not None} for line in lines)
+    log = tuple({k: v for k, v in line.items() if finite(v) is not None} for line in lines)
     given = {name: document.get(name, {}) for name in ("options", "identity", "result")}
     return RunPart(str(folder), bool(document), **given, log=log)
 

@@ -21,6 +21,7 @@ from typing import Any
 from jinja2 import DictLoader, Environment
 from markupsafe import Markup
 
+from kdcache import __version__
 from kdcache.commands.options import ReportOptions
 from kdcache.commands.report import charts
 from kdcache.commands.report.charts import Blocks, Paragraph
@@ -29,7 +30,6 @@ from kdcache.commands.report.sections import cache_section, compare, run_section
 from kdcache.files import local_path, output_errors, try_output, write_text
 from kdcache.humanize import printable, size
 from kdcache.storage import redact
-from kdcache.version import __version__
 
 MOST_BYTES = 2_000_000
 _ROOM = 100_000  # of it for headings, contents and style

@@ -1,32 +1,40 @@
 """The sections of a page, as blocks: texts, facts, tables and charts, without markup.
 
-A cache: what it is and how sure its teacher is. Runs and sweeps: curves, figures, and students
-next to their teachers.
+A cache: what it is, how sure its teacher is, and rows as text, coloured by the teacher's surprise.
+Runs and sweeps: curves, figures, and students next to their teachers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kdcache.cache.figures import domain_table
 from kdcache.commands.generate.look import GeneratedView
-from kdcache.commands.inspect_result import InspectResult
+from kdcache.commands.inspect_result import InspectResult, PositionView, RowView
 from kdcache.commands.report.charts import (
     COLOURS,
+    Article,
+    Block,
     Blocks,
+    Cell,
+    Coloured,
     Curve,
     Details,
     Facts,
+    Guesses,
+    Heading,
+    Legend,
     Paragraph,
+    RowText,
     Table,
     curves,
     histogram,
+    level_of,
 )
-from kdcache.commands.report.gather import CachePart, RunPart, SweepPart, TargetFigures, number
-from kdcache.commands.report.rows import rows_as_text
-from kdcache.humanize import counted, duration, size
-from kdcache.humanize import number as shown
+from kdcache.commands.report.gather import CachePart, RunPart, SweepPart, TargetFigures, finite
+from kdcache.humanize import counted, duration, number, score, size
 from kdcache.metrics import LOSS_PARTS, METRICS, RANKED, run_title
 from kdcache.storage import redact
 from kdcache.student.figures import FIGURES, figure_of
@@ -80,7 +88,6 @@ def _sentence(found: InspectResult) -> str:
 def _figures(figures: Sequence[TargetFigures], positions: int, task: TaskType) -> Blocks:
     if not figures:
         return []
-
     notes = []
     if any(f.mass is not None and f.mass < 1 - 1e-9 for f in figures):
         notes.append(
@@ -93,23 +100,14 @@ def _figures(figures: Sequence[TargetFigures], positions: int, task: TaskType) -
             "position is not known, nor is its entropy but where it is stored."
         )
     rows = [
-        (
-            f"{f.temperature:g}",
-            shown(f.entropy, 3),
-            shown(f.best, 3),
-            shown(f.mass),
-            f"{f.entries:,.1f}",
-        )
+        (f"{f.temperature:g}", *(number(v, 3) for v in (f.entropy, f.best)), number(f.mass),
+         number(f.entries, 1))
         for f in figures
-    ]
-    header = ("T", "entropy, nats", f"best {_one(task)}", "mass stored", "entries")
+    ]  # fmt: skip
+    best = f"best {'id' if task.over_ids else 'class'}"
+    header = ("T", "entropy, nats", best, "mass stored", "entries")
     title = f"Targets, means over {positions:,} positions"
     return [Table(title, header, rows), *(Paragraph(note, "note") for note in notes)]
-
-
-def _one(task: TaskType) -> str:
-    """What one answer is called."""
-    return "id" if task.over_ids else "class"
 
 
 def _columns(found: InspectResult) -> Details | None:
@@ -124,10 +122,9 @@ def _cache_provenance(part: CachePart) -> list[tuple[str, str]]:
     found = part.facts
     spec = found.spec
     pairs = [("folder", found.cache)]
-    for name, teacher in zip(
-        (*found.teachers, *[""] * len(spec["teachers"])), spec["teachers"], strict=False
-    ):
-        pairs.append((f"teacher {name}".strip(), f"SHA-256 {teacher.get('sha256')}"))
+    for i, teacher in enumerate(spec["teachers"]):
+        name = " ".join(("teacher", *found.teachers[i : i + 1]))
+        pairs.append((name, f"SHA-256 {teacher.get('sha256')}"))
     pairs += [
         (name, str(spec[name]))
         for name in ("dtype", "seed", "ensemble", "tokenizer")
@@ -139,31 +136,165 @@ def _cache_provenance(part: CachePart) -> list[tuple[str, str]]:
 
 def _corpus(found: InspectResult) -> Table:
     files = found.spec.get("corpus") or []
+    names = ("name", "domain") if found.domains else ("name",)
     rows = [
         (
-            str(f.get("name", "")),
-            *([str(f.get("domain", ""))] if found.domains else []),
+            *(str(f.get(name, "")) for name in names),
             size(f["size"]) if isinstance(f.get("size"), int) else "-",
         )
         for f in files[:_FILES]
     ]
-    more = len(files) - len(rows)
-    title = f"Corpus: {len(files):,} files" + (f", {len(rows)} of them here" if more else "")
-    header = ("file", "domain", "size") if found.domains else ("file", "size")
-    return Table(title, header, rows, (0, 1) if found.domains else (0,))
+    title = f"Corpus: {len(files):,} files"
+    title += f", {len(rows)} of them here" if len(files) > len(rows) else ""
+    return Table(title, ("file", *names[1:], "size"), rows, range(len(names)))
 
+
+# Rows as text
+
+_TEXT = 20_000  # characters of a row's text
+_TOKENS = 1024  # of a row as text
+_POSITIONS = 128  # of a row in a table
+_TOKEN = 80  # characters of a token
+_NEW_LINE = "\u21b5"
+_GOES_ON = "##"  # begins a token that continues with a word, where blanks are between tokens
+
+
+def rows_as_text(rows: Sequence[RowView], task: TaskType) -> Blocks:
+    """A heading, the meaning of the colours where there are any, and each row."""
+    shown: Blocks = [_row(row, task) for row in rows]
+    if any(_nats(p, row) is not None for row in rows for p in row.positions):
+        what = "a token" if task.over_ids else "a word's label" if task.per_token else "a label"
+        about = Paragraph(f"Colour: how surprised the teacher was by {what}, in nats.")
+        shown = [about, Legend(), *shown]
+    return [Heading("Rows as text"), *shown]
+
+
+def _row(row: RowView, task: TaskType) -> Article:
+    about = "" if row.exact else ", unbiased sample"
+    of = f" of {row.domain}" if row.domain else ""
+    title = f"Row {row.row}{of}: {row.tokens:,} tokens, T = {row.temperature:g}{about}"
+    shown = row.positions[:_POSITIONS]
+    cells = [_cells(position, row, task.per_token) for position in shown]
+    header = _headings(row, task)
+    lines = [[cell[name] for name in header.values()] for cell in cells]
+    caption = f"Row {row.row}{', position by position' if task.per_token else ': its answer'}"
+    if len(shown) < len(row.positions):
+        caption += f": the first {len(shown)} of {len(row.positions):,}"
+    left = [i for i, name in enumerate(header.values()) if name in ("after", "label", "guesses")]
+    inner = Table(caption, tuple(header), lines, left)
+    if task.per_token:
+        return Article(title, [_tokens(row, task), Details("Position by position", [inner])])
+    texts = [Paragraph(_cut(t, _TEXT), "row") for t in (row.text, row.text_pair) if t is not None]
+    return Article(title, [*texts, inner])
+
+
+def _headings(row: RowView, task: TaskType) -> dict[str, str]:
+    """The headings of a row's table, each with the cell below it: see `_cells`."""
+    if task.per_token:
+        after, label = row.heads
+        head = {"place": "place", after: "after", label: "label", "nats": "nats"}
+        guesses = {"teacher's best guesses": "guesses", "rest": "rest"}
+        return {**head, "entropy": "entropy", **guesses}
+    classes = {"label": "label", "nats": "nats", "teacher's probabilities": "guesses"}
+    return {
+        "classes": {**classes, "rest": "rest"},
+        "labels": {"labels": "label", "teacher's probabilities": "guesses"},  # no sum, no rest
+        "score": {"score": "label", "teacher's": "score"},
+    }[task.answers]
+
+
+def _tokens(row: RowView, task: TaskType) -> Block:
+    """The tokens in order, each coloured by the teacher's surprise at it, or at its label."""
+    if row.read:
+        return _read_tokens(row, task)
+    if not row.positions:  # of another program's cache
+        return Paragraph(_cut(row.text, _TEXT), "row")
+    first = row.positions[0]
+    pieces: list[tuple[str, str | None]] = []
+    if first.token is not None:
+        pieces.append((_cut(first.token, _TOKEN), "t"))
+    before, ended = first.place, False
+    for position in row.positions[:_TOKENS]:
+        if position.place > before + 1:
+            pieces.append((" … ", "gap"))
+        before = position.place
+        token = _cut(position.label_text or "", _TOKEN).replace("\n", _NEW_LINE)
+        if ended and not token.startswith(_NEW_LINE):  # of empty lines only the first is broken
+            pieces.append(("\n", None))
+        ended = token.endswith(_NEW_LINE)
+        pieces.append((token, _look(level_of(_nats(position, row)))))
+    return RowText([*pieces, *_more(row.positions)])
+
+
+def _read_tokens(row: RowView, task: TaskType) -> RowText:
+    """All tokens of a row that is read whole; in place of those that were masked their labels."""
+    labels = {position.place: position for position in row.positions}
+    pieces: list[tuple[str, str | None]] = []
+    for place, token in enumerate(row.read[:_TOKENS]):
+        position = labels.get(place)
+        text, level = token, ""
+        if position is not None and position.label_text is not None:
+            text = position.label_text if task.over_ids else token
+            level = level_of(_nats(position, row))
+        if row.between:
+            goes_on = text.startswith(_GOES_ON) and text != _GOES_ON
+            text = text.removeprefix(_GOES_ON) if goes_on else text
+            pieces += [] if goes_on or not pieces else [(row.between, None)]
+        pieces.append((_cut(text, _TOKEN), _look(level)))
+    return RowText([*pieces, *_more(row.read)])
+
+
+def _more(tokens: Sequence[object]) -> list[tuple[str, str | None]]:
+    return [(" …", "gap")] if len(tokens) > _TOKENS else []
+
+
+def _cells(position: PositionView, row: RowView, per_token: bool) -> dict[str, Cell]:
+    """All that a table may show of a position."""
+    nats = _nats(position, row)
+    quote = _quoted if per_token else str
+    label = position.label_text
+    return {
+        "place": str(position.place),
+        "after": quote(_cut(position.token or "", _TOKEN)),
+        "label": "-" if label is None else quote(_cut(label, _TOKEN)),
+        "nats": Coloured("-" if nats is None else f"{nats:.2f}", level_of(nats)),
+        "entropy": Coloured(number(position.entropy, 2), level_of(position.entropy)),
+        "guesses": Guesses(
+            [(quote(_cut(g.text, _TOKEN)), f"{g.probability:.3f}") for g in position.guesses]
+        ),
+        "rest": f"{position.rest:.3f}",
+        "score": "-" if position.score is None else score(position.score),
+    }
+
+
+def _nats(position: PositionView, row: RowView) -> float | None:
+    """The surprise at the label: kept by the cache, or by the teacher's own guess at T = 1."""
+    if position.label_logprob is not None:
+        return 0.0 - position.label_logprob  # or 0 would be shown as -0
+    own = row.exact and row.temperature == 1
+    known = [g.probability for g in position.guesses if g.id == position.label and own]
+    return math.log(1 / known[0]) if known and known[0] > 0 else None
+
+
+def _look(level: str) -> str:
+    return f"t {level}".strip()
+
+
+def _quoted(text: str) -> str:
+    return f"\u2018{text.replace(chr(10), _NEW_LINE)}\u2019"
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+# Runs
 
 _LOSSES = ("loss", *LOSS_PARTS)
 _LINES = 20  # of a curve as a table
 _SETTINGS = 200
 _OPTIONS = (
-    "model",
-    "student",
-    "alpha",
-    "temperature",
-    "divergence",
-    "learning_rate",
-    "batch_size",
+    *("model", "student", "alpha", "temperature", "divergence", "learning_rate", "batch_size"),
     "seed",
 )
 
@@ -176,16 +307,15 @@ def compare(runs: Sequence[RunPart]) -> Blocks:
     loss, unit = next(iter(hard)) if len(hard) == 1 else ("hard loss", "of its task")
     of_tasks = sorted({name for task in tasks if (name := figure_of(task))}) or ["accuracy"]
     header = ["run", "student", "alpha", "T", "parameters", "steps", loss, "teacher's"]
-    header += [" or ".join(name.replace("_", " ") for name in of_tasks), "soft loss"]
+    header += [" or ".join(_words(name) for name in of_tasks), "soft loss"]
     drawn = list(runs)[:COLOURS]
     charts = []
     for name, title in (("eval_hard_loss", "on the evaluation caches"), ("hard_loss", "training")):
         found = [Curve(_short(run.path), _points(run, name)) for run in drawn]
         named = f"{loss.capitalize()} with the labels, {title}"
-        chart = curves(named, "step", unit, found)
-        charts.append(chart)
+        charts.append(curves(named, "step", unit, found))
     more = len(runs) - len(drawn)
-    note = f"Curves of the first {len(drawn)} runs; {more} more have their own." if more else None
+    note = f"Curves of the first {len(drawn)} runs; {more} more have their own."
     return [
         Table("Students beside their teachers", header, rows, (0, 1)),
         Paragraph(
@@ -194,7 +324,7 @@ def compare(runs: Sequence[RunPart]) -> Blocks:
             "note",
         ),
         *charts,
-        None if note is None else Paragraph(note, "note"),
+        Paragraph(note, "note") if more else None,
     ]
 
 
@@ -223,26 +353,28 @@ def run_section(run: RunPart) -> Blocks:
     """All about a run."""
     result, charts = run.result, []
     names = _names(run.result.get("task"))
-    series = [Curve(names[name], _points(run, name)) for name in _LOSSES]
-    charts.append(curves("Training", "step", "loss", series))
-    series = [Curve(names[name], _points(run, f"eval_{name}")) for name in _LOSSES]
-    charts.append(curves("Evaluation", "step", "loss", series))
+    for title, prefix in (("Training", ""), ("Evaluation", "eval_")):
+        series = [Curve(names[name], _points(run, prefix + name)) for name in _LOSSES]
+        charts.append(curves(title, "step", "loss", series))
     for name in (*FIGURES.values(), "f1"):
-        shown = "F1 of entities" if name == "f1" else name.replace("_", " ").capitalize()
+        shown = "F1 of entities" if name == "f1" else _words(name).capitalize()
         curve = Curve(shown.lower(), _points(run, f"eval_{name}"))
         unit = "share" if METRICS[name].share else "correlation"
         charts.append(curves(f"{shown} on the evaluation caches", "step", unit, [curve]))
     pairs = [
-        (_words(name), "default" if run.options[name] is None else _plain(run.options[name]))
+        (
+            name.replace("_", " "),
+            "default" if run.options[name] is None else _plain(run.options[name]),
+        )
         for name in _OPTIONS
         if name in run.options
     ]
     pairs += [
-        (f"{_words(name)}, training", _figure(result[name]))
+        (f"{name.replace('_', ' ')}, training", _figure(result[name]))
         for name in RANKED
-        if number(result.get(name)) is not None
+        if finite(result.get(name)) is not None
     ]
-    seconds = number(result.get("seconds"))
+    seconds = finite(result.get("seconds"))
     state = "Finished" if run.finished else "Not finished: the same command continues"
     if seconds is not None:
         state += f" after {_count(result.get('steps'))} steps in {duration(seconds)}"
@@ -285,7 +417,7 @@ def _run_provenance(run: RunPart) -> list[tuple[str, str]]:
     pairs = [("folder", redact(run.path))]
     for name in ("cache", "eval_cache"):
         if run.options.get(name):
-            pairs.append((name.replace("_", " "), _plain(run.options[name])))
+            pairs.append((_words(name), _plain(run.options[name])))
     digests = run.identity.get("caches")
     if digests:
         pairs.append(("digests of the caches", _plain(digests)))
@@ -339,18 +471,16 @@ def _points(run: RunPart, name: str) -> tuple[tuple[float, float], ...]:
 
 
 def _figure(value: float | None) -> str:
-    found = number(value)
-    return "-" if found is None else f"{found:,.4f}"
+    return number(finite(value))
 
 
 def _deviation(value: float | None) -> str:
-    found = number(value)
+    found = finite(value)
     return "" if found is None else f" ± {found:.4f}"
 
 
 def _count(value: float | None) -> str:
-    found = number(value)
-    return "-" if found is None else f"{found:,.0f}"
+    return number(finite(value), 0)
 
 
 def _plain(value: object) -> str:

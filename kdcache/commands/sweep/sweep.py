@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kdcache import __version__
 from kdcache.cluster import at_home, check_own_ray, cluster_address, connect, leave
 from kdcache.commands.interrupt import check, interruptible
 from kdcache.commands.options import SweepOptions
@@ -39,7 +40,6 @@ from kdcache.errors import IncompleteError, KdcacheError, UnexpectedError, Usage
 from kdcache.files import alone, inner, local_path, try_output, write_json
 from kdcache.metrics import LOSS_PARTS
 from kdcache.options import options_of
-from kdcache.version import __version__
 
 _TRIES = 3
 _MOST_CPUS = 8

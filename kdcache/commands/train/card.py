@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from kdcache import __version__
 from kdcache.commands.run_folder import TrainResult, read_metrics
 from kdcache.commands.train.prepare import RunPlan
 from kdcache.humanize import markdown, shares
@@ -20,7 +21,6 @@ from kdcache.metrics import RANKED, run_title
 from kdcache.plots import Chart, Level, Line, plot_charts
 from kdcache.storage import redact
 from kdcache.tasks import CAUSAL_LM, TASKS
-from kdcache.version import __version__
 
 CARD_FILE = "README.md"
 _DIGEST = re.compile("`[0-9a-f]{64}`")  # of a manifest

@@ -23,6 +23,7 @@ from typing import Any
 
 from transformers import TrainerState
 
+from kdcache import __version__
 from kdcache.cache.figures import teacher_cross_entropy
 from kdcache.commands.run_folder import (
     RESULT_FILE,
@@ -57,7 +58,6 @@ from kdcache.student.tokens import unknown_share
 from kdcache.student.trainer import DistillationTrainer
 from kdcache.tasks import TASKS
 from kdcache.teacher import quiet_transformers
-from kdcache.version import __version__
 
 logger = logging.getLogger(__name__)
 

@@ -1,1 +1,0 @@
-"""`kdcache predict`."""
