@@ -46,8 +46,6 @@ def python(code: str, *words: str, **more: Any) -> subprocess.Popen[bytes]:
 
     Args:
         code: what it runs.
-        words: its arguments.
-        more: further arguments of `subprocess.Popen`.
     """
     here = json.dumps([place for place in sys.path if place])  # an empty one is the current folder
     command = [sys.executable, "-I", "-c", _PYTHON + code, here, *words]

@@ -304,7 +304,6 @@ def filled_folder(path: Path, name: str, last: str) -> Iterator[Path]:
     folder stays until then, also where this process is killed.
 
     Args:
-        path: the folder to be filled.
         name: of the scratch folder in it.
         last: name of the file that moves last.
     """

@@ -18,7 +18,6 @@ class Metric:
     """How a metric is shown, and what it is for.
 
     Attributes:
-        title: its name for people.
         unit: in words; empty of shares and correlations.
         share: whether it is between 0 and 1, and shown in percent.
         higher: whether more is better.
@@ -64,7 +63,6 @@ class Bin:
     Attributes:
         confidence: mean probability of the predicted id or class.
         accuracy: share of them that is right.
-        positions: how many there are.
     """
 
     confidence: float
@@ -77,7 +75,6 @@ class ModelScores:
     """The figures of one model; None where one has no meaning or is not known.
 
     Attributes:
-        name: as the user gave it, or `teacher` for cached targets.
         role: `teacher`, `student`, or `baseline` of one answer for all.
         parameters: numbers in its weights; None for cached targets.
         accuracy: share of hard labels that are the most probable id or class.
@@ -96,9 +93,6 @@ class ModelScores:
         macro_f1: their mean over classes.
         micro_average_precision: the same without a threshold, over all rows and classes.
         macro_average_precision: its mean over classes.
-        mse: mean squared error of scores.
-        pearson: their linear correlation with the hard labels.
-        spearman: the correlation of their ranks.
         teacher_mse: mean squared difference from the teacher's scores.
         calibration: the bins that it is made of, those with predictions; empty where not known.
         entity_f1: micro F1 of entities (tags of entities only, see `kdcache.loss.metrics`).

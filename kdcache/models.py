@@ -26,17 +26,14 @@ class BiLstmConfig(PreTrainedConfig):  # type: ignore[misc]
     """Sizes and options of a `BiLstmForSequenceClassification`; `id2label` names the classes.
 
     Args:
-        vocab_size: rows of the embedding.
         embedding_size: width of a word's vector.
         hidden_size: width of the LSTM, in each direction.
         layers: LSTM layers.
         dense_size: width of the ReLU layer.
-        dropout: probability of dropping an embedding's or a layer's output in training.
         pooling: "last": final states of both directions (the original); "max": maximum over the
             words.
         pad_token_id: id of padding, where a batch has no attention mask.
         freeze_embeddings: keep the word vectors as they were loaded.
-        options: those of every configuration of transformers.
 
     Raises:
         UsageError: a value out of range.
@@ -72,11 +69,8 @@ class BiLstmConfig(PreTrainedConfig):  # type: ignore[misc]
         if pooling not in POOLINGS:
             raise UsageError(f"bilstm: pooling {pooling!r}; choose one of {', '.join(POOLINGS)}.")
         super().__init__(**options)
-        self.vocab_size = vocab_size
-        self.embedding_size = embedding_size
-        self.hidden_size = hidden_size
-        self.layers = layers
-        self.dense_size = dense_size
+        for name, size in sizes.items():
+            setattr(self, name, size)
         self.dropout = dropout
         self.pooling = pooling
         self.pad_token_id = pad_token_id
@@ -91,7 +85,6 @@ class HeadedConfig(PreTrainedConfig):  # type: ignore[misc]
         encoder: configuration of the encoder, or its `to_dict`.
         head_width: units of the ReLU layer.
         head_dropout: in training, before either layer.
-        options: those of every configuration of transformers.
     """
 
     model_type: ClassVar[str] = HEADED

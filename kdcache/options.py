@@ -58,8 +58,6 @@ class Declared:
         help: what it is; begins in lower case, ends with a full stop.
         metavar: what stands for a value in the help.
         at_least: smallest value, or the smallest of several.
-        above: value that it must exceed.
-        at_most: largest value.
         below: value that it must stay under.
         comma: several values stand in one option, with commas; else the option is repeated.
         auto: `auto` is a value and means None.
@@ -121,7 +119,6 @@ class Option(Declared):
     """An option: its field, and what that declares.
 
     Attributes:
-        name: of the field.
         types: that one value may have in Python; empty where any.
         nullable: whether None is a value.
         choices: the words that are allowed; empty where all are.
@@ -414,8 +411,13 @@ def pairs_of(values: Mapping[str, Any]) -> tuple[Named, ...]:
     return tuple(Named(str(name), one) for name, several in listed.items() for one in several)
 
 
+_KNOWN: dict[type, tuple[Option, ...]] = {}
+
+
 def options_of(kind: type[Any]) -> tuple[Option, ...]:
     """The options of a dataclass: its own first, then those of each group, as declared."""
+    if kind in _KNOWN:  # each object of options asks
+        return _KNOWN[kind]
     # Not `typing.get_type_hints`, which on Python 3.10 refuses a class with `_: KW_ONLY`.
     hints: dict[str, Any] = {}
     for owner in reversed(kind.__mro__):
@@ -435,7 +437,8 @@ def options_of(kind: type[Any]) -> tuple[Option, ...]:
             if field is not None and _KEY in field.metadata and name not in found:
                 one = _read(field, hints[name], heading)
                 found[name] = replace(one, hidden=True) if owner in kind.unused else one
-    return tuple(found.values())
+    _KNOWN[kind] = tuple(found.values())
+    return _KNOWN[kind]
 
 
 def _read(field: dataclasses.Field[Any], hint: Any, group: str) -> Option:

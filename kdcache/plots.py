@@ -53,9 +53,7 @@ class Panel:
     """One of the plots side by side.
 
     Attributes:
-        title: what it shows.
         y_label: name and unit of the y axis.
-        clouds: the points.
     """
 
     title: str
@@ -69,7 +67,6 @@ def plot_clouds(path: str | Path, panels: Sequence[Panel], *, title: str, x_labe
     Args:
         path: the file; replaced if it is there.
         panels: with the same clouds in all of them.
-        title: above the plot.
         x_label: name and unit of the x axis.
     """
     _save(draw_clouds(panels, title=title, x_label=x_label), path)
@@ -193,10 +190,8 @@ class Chart:
     """One of several plots in a picture.
 
     Attributes:
-        title: what it shows.
         x_label: name and unit of the x axis.
         y_label: name and unit of the y axis.
-        lines: what was measured.
         levels: dashed lines across the whole width, in colours of their own.
         ticks: names of x = 0, 1, 2, ..., where these are not numbers.
         diagonal: whether a dashed line shows where y equals x.
@@ -222,8 +217,6 @@ def plot_charts(path: str | Path, charts: Sequence[Chart], *, title: str, note: 
 
     Args:
         path: the file; replaced if it is there.
-        charts: what to draw, in order.
-        title: above them all.
         note: above the legend, smaller.
     """
     _save(draw_charts(charts, title=title, note=note), path)

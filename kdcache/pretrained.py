@@ -63,7 +63,6 @@ def read_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreT
     """A tokenizer.
 
     Args:
-        name: its folder or hub id.
         trust_remote_code: whether code that ships with it may run.
 
     Raises:
@@ -170,22 +169,20 @@ def warn_of_left_out(who: str, model: Any, unexpected: Iterable[str]) -> None:
         )  # fmt: skip
 
 
-class quiet_transformers:  # noqa: N801 - used like a function
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
     """Context without transformers' progress bars and loading reports."""
+    from transformers.utils import logging as hf
 
-    def __enter__(self) -> None:
-        from transformers.utils import logging as hf
-
-        self._bars, self._level = hf.is_progress_bar_enabled(), hf.get_verbosity()
-        hf.disable_progress_bar()
-        hf.set_verbosity_error()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging as hf
-
-        if self._bars:
+    bars, level = hf.is_progress_bar_enabled(), hf.get_verbosity()
+    hf.disable_progress_bar()
+    hf.set_verbosity_error()
+    try:
+        yield
+    finally:
+        if bars:
             hf.enable_progress_bar()
-        hf.set_verbosity(self._level)
+        hf.set_verbosity(level)
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:

@@ -13,17 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import CLASSES, make_tiny_classifier, make_tiny_lm
 from rich.console import Console
-from sklearn import metrics
 from textbook import (
     class_logits,
     lm_logits,
     logprobs_of,
     naive_ece,
     plain,
-    text_logits,
     word_logits,
 )
 from transformers import AutoModelForSequenceClassification
@@ -59,13 +56,11 @@ def teacher_of(result: EvaluateResult) -> ModelScores:
 # Classification
 
 
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_a_classifier_is_judged_by_the_textbook(
-    temperature: float, class_cache: str, student_classifier: Path, tiny_classifier: Path
+    class_cache: str, student_classifier: Path, tiny_classifier: Path
 ) -> None:
-    result = evaluate(
-        EvaluateOptions((str(student_classifier),), cache=class_cache, temperature=temperature)
-    )
+    options = EvaluateOptions((str(student_classifier),), cache=class_cache, temperature=3.0)
+    result = evaluate(options)
     data = Cache.open(class_cache).read(0)
     z, teacher = (
         class_logits(student_classifier, class_cache),
@@ -80,7 +75,7 @@ def test_a_classifier_is_judged_by_the_textbook(
     assert got.cross_entropy == pytest.approx(
         -log_p[labelled][np.arange(len(labels)), labels].mean(), abs=1e-5
     )
-    q, p = logprobs_of(teacher, temperature), logprobs_of(z, temperature)
+    q, p = logprobs_of(teacher, 3.0), logprobs_of(z, 3.0)
     assert got.kl == pytest.approx((np.exp(q) * (q - p)).sum(-1).mean(), abs=1e-5)
     assert got.agreement == pytest.approx((top == teacher.argmax(-1).numpy()).mean())
     confidence = np.exp(log_p.max(-1))[labelled]
@@ -99,48 +94,9 @@ def test_a_classifier_is_judged_by_the_textbook(
         -logprobs_of(teacher)[labelled][np.arange(len(labels)), labels].mean(), abs=1e-5
     )
     assert any("no hard label" in note for note in result.notes)
-
-
-def test_the_teacher_as_a_student_is_perfect_and_live_equals_cached(
-    class_cache: str, tiny_classifier: Path, student_classifier: Path
-) -> None:
-    names = (str(tiny_classifier), str(student_classifier))
-    cached = evaluate(EvaluateOptions(names, cache=class_cache))
-    live = evaluate(EvaluateOptions(names, cache=class_cache, teacher=str(tiny_classifier)))
-    twin = cached.models[1]
-    assert twin.kl == pytest.approx(0, abs=1e-9)
-    assert twin.agreement == 1
-    for a, b in zip(cached.models[1:], live.models[1:], strict=True):
-        assert a.kl == pytest.approx(b.kl, abs=1e-6)
-        assert a.cross_entropy == pytest.approx(b.cross_entropy, abs=1e-6)
-    assert live.models[0].accuracy == cached.models[0].accuracy
-    assert cached.models[0].parameters is None
-    want = sum(
-        p.numel()
-        for p in AutoModelForSequenceClassification.from_pretrained(tiny_classifier).parameters()
-    )
-    assert twin.parameters == live.models[0].parameters == want
-
-
-def test_classes_in_another_order_are_matched_by_name(
-    class_cache: str, student_classifier: Path, tmp_path: Path
-) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(student_classifier, other)
     model = AutoModelForSequenceClassification.from_pretrained(student_classifier)
-    order = [2, 0, 1]
-    with torch.no_grad():
-        model.classifier.weight.copy_(model.classifier.weight[order].clone())
-        model.classifier.bias.copy_(model.classifier.bias[order].clone())
-    model.config.id2label = {i: CLASSES[k] for i, k in enumerate(order)}
-    model.config.label2id = {CLASSES[k]: i for i, k in enumerate(order)}
-    model.save_pretrained(other)
-    straight, turned = (
-        student_of(evaluate(EvaluateOptions((str(f),), cache=class_cache)))
-        for f in (student_classifier, other)
-    )
-    assert turned.accuracy == straight.accuracy
-    assert turned.kl == pytest.approx(straight.kl, abs=1e-6)
+    assert got.parameters == sum(weight.numel() for weight in model.parameters())
+    assert own.parameters is None
 
 
 def test_a_bilstm_reads_the_texts_itself(
@@ -193,39 +149,13 @@ def test_a_student_of_a_users_function(
     sys.modules.pop("my_student")
 
 
-@pytest.mark.parametrize("real", [False, True])
-def test_accuracy_and_f1_of_a_model_equal_scikit_learns(
-    real: bool, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    if real:
-        model = request.getfixturevalue("minilm_sst2")
-        lines = (request.getfixturevalue("sst2") / "dev.tsv").read_text().splitlines()[:60]
-    else:
-        model = request.getfixturevalue("tiny_classifier")
-        _, *all_lines = request.getfixturevalue("labelled_corpus").read_text().splitlines()
-        lines = [line for line in all_lines if not line.endswith("\t")]
-    (tmp_path / "dev.tsv").write_text("\n".join(lines))
-    options = EvaluateOptions(
-        (str(model),), corpus=(str(tmp_path / "dev.tsv"),), columns=("text", "label"), max_length=64
-    )
-    got = student_of(evaluate(options))
-    texts, labels = zip(*(line.split("\t") for line in lines), strict=True)
-    top = text_logits(model, texts).argmax(-1)
-    truth = [int(label) if real else CLASSES.index(label) for label in labels]
-    want = metrics.f1_score(truth, top, average="binary" if real else "macro")
-    slack = 1 / 59 if real else 1e-9  # a tie in float16 weights may fall either way
-    assert got.accuracy == pytest.approx(metrics.accuracy_score(truth, top), abs=slack)
-    assert got.f1 == pytest.approx(want, abs=slack)
-
-
 # Language models
 
 
-@pytest.mark.parametrize("temperature", [2.0])
 def test_a_language_model_is_judged_by_the_textbook(
-    temperature: float, lm_caches: dict[str, str], student_lm: Path, tiny_lm: Path
+    lm_caches: dict[str, str], student_lm: Path, tiny_lm: Path
 ) -> None:
-    cache = lm_caches["dense"]
+    cache, temperature = lm_caches["dense"], 2.0
     result = evaluate(EvaluateOptions((str(student_lm),), cache=cache, temperature=temperature))
     z, labels = lm_logits(student_lm, cache)
     teacher, _ = lm_logits(tiny_lm, cache)
@@ -323,23 +253,6 @@ def test_limit_takes_the_first_rows_of_a_cache(lm_caches: dict[str, str], studen
 # Wrong input
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"student": ()}, "--student is missing"),
-        ({"cache": None}, "either --cache or --corpus"),
-        ({"corpus": ("x",)}, "either --cache or --corpus"),
-        ({"task": "translation"}, "--task is 'translation'"),
-        ({"temperature": 0.0}, "--temperature"),
-        ({"limit": 0}, "--limit is 0"),
-        ({"dtype": "int8"}, "--dtype"),
-    ],
-)
-def test_wrong_options(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        EvaluateOptions(**{"student": ("s",), "cache": "c", **options})
-
-
 def test_wrong_students(
     class_cache: str,
     lm_caches: dict[str, str],
@@ -348,6 +261,10 @@ def test_wrong_students(
     student_classifier: Path,
     tmp_path: Path,
 ) -> None:
+    for cache, corpus in ((None, ()), ("c", ("x",))):
+        with pytest.raises(UsageError, match="either --cache or --corpus"):
+            EvaluateOptions(("s",), cache=cache, corpus=corpus)
+
     def fails(message: str, student: Path | str, cache: str, **more: Any) -> None:
         with pytest.raises(UsageError, match=message):
             evaluate(EvaluateOptions((str(student),), cache=cache, **more))

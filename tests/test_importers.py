@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_interchange import TOKENIZER, decoded, nested, take_in
+from test_interchange import IDS, LOGPROBS, TOKENIZER, TOP, decoded, nested, take_in
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -32,9 +32,6 @@ from kdcache.tasks import IGNORE
 
 pytestmark = pytest.mark.slow
 
-IDS = [5, 6, 7, 8]
-TOP = [[9, 3, 6], [7, 1, 2], [8, 4, 0]]  # of what follows 5, 6 and 7
-LOGPROBS = [[-0.5, -1.5, -3.0], [-0.25, -2.0, -2.5], [-0.75, -1.0, -4.0]]
 SHARES = [[76, 38, 13], [100, 27, 0], [64, 62, 1]]  # of 127
 DRAWN_AT = 2.0
 INT, FLOAT = pa.list_(pa.int64()), pa.float64()

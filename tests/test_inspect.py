@@ -94,8 +94,9 @@ def test_inspection_counts_what_is_there(codec: str, lm_caches: dict[str, str]) 
     assert result.fingerprint in text
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("codec", ["dense", "topk:8", "sample:20"])
+@pytest.mark.parametrize(
+    ("codec", "temperature"), [("dense", 2.0), ("topk:8", 1.0), ("sample:20", 2.0)]
+)
 def test_a_row_shows_the_teachers_best_guesses(
     codec: str, temperature: float, lm_caches: dict[str, str], tiny_lm: Path
 ) -> None:
@@ -212,30 +213,3 @@ def test_wrong_inspections(tmp_path: Path, lm_caches: dict[str, str]) -> None:
         inspect(InspectOptions(lm_caches["topk:8"], row=rows))
     with pytest.raises(UsageError, match="temperature 4 is not declared"):
         inspect(InspectOptions(lm_caches["topk:8"], row=0, temperature=4.0))
-    with pytest.raises(UsageError, match="--row is -1"):
-        InspectOptions("c", row=-1)
-    with pytest.raises(UsageError, match="--top is 0"):
-        InspectOptions("c", top=0)
-    with pytest.raises(UsageError, match="--temperature is 0"):
-        InspectOptions("c", temperature=0.0)
-
-
-@pytest.mark.slow
-def test_stories_read_as_they_are_written(stories260k: Path, tmp_path: Path) -> None:
-    """A SentencePiece vocabulary: the spaces between words are shown."""
-    (tmp_path / "story.txt").write_text("Once upon a time, there was a little girl named Lily.\n")
-    build(
-        BuildOptions(
-            teacher=(str(stories260k),),
-            corpus=(str(tmp_path / "story.txt"),),
-            out=str(tmp_path / "cache"),
-            codec="topk:8",
-            workers=0,
-        )
-    )
-    view = inspect(InspectOptions(str(tmp_path / "cache"), row=0)).row
-    assert view is not None
-    shown = "".join(p.token or "" for p in view.positions)
-    assert " upon a time, there was a" in shown
-    best = [p.guesses[0].text for p in view.positions]
-    assert " time" in best

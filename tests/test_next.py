@@ -105,7 +105,7 @@ TEXTS = {
 
 
 # What lines differ by: ids or classes, a source, a table that can be imported, domains.
-ONE_OF_A_KIND = {"domains", "labels", "masked", "pairs"}
+ONE_OF_A_KIND = {"domains", "labels", "pairs"}
 
 
 @pytest.mark.slow

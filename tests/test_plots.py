@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import further
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
@@ -47,7 +48,7 @@ def test_a_panel_of_zeros_alone_says_so() -> None:
     assert [text.get_text() for text in two.texts] == ["all are 0"]
 
 
-@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("together", [*further(False), True])
 def test_no_name_in_a_plot_covers_another_or_a_point(together: bool) -> None:
     numbers = np.random.default_rng(0)
     names = ("10", "20", "40", "int8", "bfloat16")

@@ -215,16 +215,6 @@ def test_a_row_without_a_position_is_shown_as_its_text(tmp_path: Path) -> None:
     assert found.text in words_of(tree_of_blocks(report_rows._row(found, TASKS[CAUSAL])))
 
 
-@pytest.mark.slow
-def test_a_cross_entropy_whose_perplexity_no_float_holds_is_shown(paths: dict[str, str]) -> None:
-    part = gather(paths["lm"], ReportOptions((paths["lm"],), rows=1))
-    assert isinstance(part, CachePart)
-    assert part.facts.teacher_perplexity is not None
-    far = dataclasses.replace(part.facts, teacher_cross_entropy=800.0, teacher_perplexity=None)
-    shown = words_of(tree_of(render_page([dataclasses.replace(part, facts=far)])))
-    assert "800.0000 nats a position (perplexity -)" in shown
-
-
 def test_a_run_shows_what_was_left_to_its_default() -> None:
     options = {"student": "bilstm", "temperature": 1.0, "learning_rate": None}
     part = RunPart("r", True, options, {}, {"hard_loss": 0.5}, ())

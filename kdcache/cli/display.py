@@ -76,8 +76,6 @@ class _Display:
         """Show a state; as a line only if the last one is some time ago, or with `now`.
 
         Args:
-            done: units.
-            total: units.
             facts: everything else in a few words: a line of a terminal each.
             now: show it in any case.
             details: lines that only a terminal has room for.

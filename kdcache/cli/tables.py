@@ -99,7 +99,6 @@ def print_table(
     nothing is wrapped or coloured.
 
     Args:
-        console: where to.
         header: names of the columns; all empty for none.
         rows: one text a column; shown as they are, `[` and all.
         left: how many of the first columns are texts, aligned to the left; the others are numbers.

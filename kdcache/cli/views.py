@@ -60,7 +60,6 @@ def render_figures(figures: Mapping[str, float], console: Console) -> None:
 
     Args:
         figures: by name; those of a domain are `figure/domain`.
-        console: where to.
     """
     of_domains = [key.split("/") for key in figures if "/" in key]
     if not of_domains:

@@ -27,10 +27,7 @@ class EnvResult:
     """What is installed here.
 
     Attributes:
-        kdcache: its version.
-        python: version and implementation.
         system: operating system and processor.
-        cores: that this process may use.
         memory_bytes: of the machine; None where the system does not tell.
         packages: version of each; None where it is not installed.
         gpus: name and memory of each GPU that PyTorch sees, or why it sees none.

@@ -62,12 +62,7 @@ class ExportResult:
     """The outcome of an export.
 
     Attributes:
-        out: folder of the files.
-        files: how many it has.
         made: how many of them this run made.
-        rows: in all files.
-        positions: in all files.
-        bytes: of all files.
         seconds: wall time of this run.
         differences: of the documents of two caches (optional).
     """
@@ -88,7 +83,6 @@ def export(
     """Write a cache's rows and targets at one temperature, or finish an interrupted export.
 
     Args:
-        options: what to write.
         report: told of each file.
 
     Raises:

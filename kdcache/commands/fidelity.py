@@ -75,9 +75,7 @@ class Fidelity:
     """The certificate of a cache's targets at one temperature.
 
     Attributes:
-        temperature: T.
         positions: how many were looked at.
-        bands: the teacher's and the targets' mass by rank.
         kl: KL, in nats, from the teacher to a perfect student of these targets; None if infinite.
         floor: of it what noise of so few positions would make of unbiased targets, roughly.
         lost: the teacher's mass in bands to which the targets give nothing.
@@ -171,10 +169,7 @@ def certificate(
 
     Args:
         mass: P [n, bands], float64.
-        given: W [n, bands].
-        outside: O [n, bands].
         tail: [n].
-        temperature: T.
         edges: ranks, from 0 on, at which bands begin, and V.
     """
     firsts = _joined(mass)

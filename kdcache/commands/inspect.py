@@ -181,7 +181,7 @@ def _row(
     if task.answers in INDEPENDENT:
         one = _independent(cache.spec, row, targets, temperature, options.top)
         return RowView(**about, exact=True, positions=(one,))
-    name = token if task.over_ids else _class_name(cache.spec.label_names)
+    name = token if task.over_ids else (cache.spec.label_names or ()).__getitem__
     guesses, rests, exact = _guesses(targets, temperature, options.top)
     logprobs = np.full(last - first, np.nan)
     if data.label_logprob is not None:
@@ -311,8 +311,3 @@ def _token_text(tokenizer: Any) -> Any:
         return f" {found}" if piece.startswith("\u2581") and not found.startswith(" ") else found
 
     return text
-
-
-def _class_name(names: Sequence[str] | None) -> Any:
-    assert names is not None, "a classification cache names its classes"
-    return lambda index: names[index]

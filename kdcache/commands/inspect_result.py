@@ -34,10 +34,10 @@ class PositionView:
         label_logprob: the teacher's log-probability of the label at T = 1, where the cache keeps
             it; None also for a label that the teacher gives no probability.
         guesses: the most probable ids, falling; none of a score.
+        entropy: of the teacher at T = 1, in nats, where it is known.
         rest: the mass of all ids that are not shown; of several labels a row, whose probabilities
             do not sum to 1, 0.
         score: the teacher's, where its answers are scores.
-        entropy: of the teacher's distribution at T = 1, in nats, where it is known.
     """
 
     place: int
@@ -56,16 +56,11 @@ class RowView:
     """One row as text, with the teacher's predictions.
 
     Attributes:
-        row: its number in the cache.
         shard: the shard (span) that holds it.
-        tokens: its length.
         text: the text; decoded from the ids where the cache keeps none; words with blanks between
             them.
         text_pair: the second text, if there is one; of a source, which is then `text`, the target.
-        temperature: of the probabilities.
         exact: False where the weights are an unbiased sample: right on average, not one by one.
-        positions: its positions in order.
-        domain: name of its corpus; None where corpora have no names.
         heads: what stands over `token` and `label`.
         read: all its tokens, where the teacher read them all before each answer.
         between: what its tokenizer puts between two tokens that are not parts of a word: a blank,
@@ -99,27 +94,18 @@ class InspectResult:
     """What a cache is.
 
     Attributes:
-        cache: where it is.
         finished: whether it is sealed.
         fingerprint: SHA-256 of its spec.
         digest: SHA-256 of its manifest: names the exact bytes. None where it is not finished.
         teachers: their names when the cache was built.
-        task: one of `kdcache.tasks.TASKS`.
-        codec: canonical codec text.
         temperatures: the declared temperatures; `dense` allows others too.
         any_temperature: whether temperatures that are not declared are allowed.
         vocab_size: ids or classes of a distribution.
         spans: shards of the whole cache.
-        done: shards that are there.
-        rows: rows in them; so the next four.
-        tokens: tokens.
-        positions: positions with a soft target.
-        skipped: records left out.
-        bytes: bytes of the shard files.
+        done: shards that are there; the sums from `rows` to `bytes` are over these.
         clipped_mass: mean probability a position that fell on ids outside the vocabulary.
         teacher_cross_entropy: of the teacher with the hard labels at T = 1, in nats a position,
             over the labels that it can predict; None where the cache does not keep it.
-        teacher_perplexity: its exponential.
         teacher_entropy: its mean entropy at T = 1, in nats a position with a soft target, over
             `sampled_shards`; None where it is not known.
         impossible_labels: labels that the teacher gives no probability, left out of both.
@@ -127,12 +113,9 @@ class InspectResult:
         target_bytes_per_position: of the soft targets alone.
         columns: bytes per position of each dataset.
         sampled_shards: how many shards the last two come from.
-        spec: the whole spec.
-        domains: figures of each, where corpora have names.
         filtered: records that filters left out; None where there are none, or it is not known.
         hard_labels: labels without a soft target, since the teacher was sure; None where each has
             one.
-        row: the requested row.
     """
 
     cache: str

@@ -56,7 +56,6 @@ class PredictResult:
 
     Attributes:
         out: where the lines went; None for standard output.
-        records: lines written.
         skipped: records that could not be read.
         seconds: wall time, loading the model included.
         cut: words without a tag, being beyond what the model reads; of sources, how many were cut.

@@ -166,7 +166,6 @@ class RowOptions(RecordOptions, LabelGroup, LengthGroup, WordGroup, ChatOptions,
         """What decides the rows.
 
         Args:
-            task: the task: what the teacher predicts.
             label_names: classes of a classifier.
             max_length: tokens of the longest row, see `row_length`.
         """
@@ -341,11 +340,7 @@ def open_generated(url: str) -> GeneratedCorpus | None:
         if not storage.exists("spec.json"):
             return None
         spec = from_text(storage.read("spec.json"), f"{redact(url)}/spec.json").get("spec")
-    except (
-        OSError,
-        CorruptCacheError,
-        UsageError,
-    ):
+    except (OSError, CorruptCacheError, UsageError):
         return None  # no folder; what is there is read as any other
     if not is_generated(spec):
         return None

@@ -38,7 +38,6 @@ class RunFolder:
         """Name the folder; nothing is read yet.
 
         Args:
-            path: the folder.
             result_file: see the class.
             noun: what it is, in messages: "a sweep of kdcache".
             ours: patterns of what the work writes besides that file.

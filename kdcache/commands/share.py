@@ -50,9 +50,7 @@ class ShareResult:
 
     Attributes:
         to: where the copy is.
-        digest: of the cache.
         files: how many were copied now.
-        bytes: of them.
         present: how many were there already.
     """
 
@@ -74,10 +72,6 @@ class _File:
 
 def push(options: PushOptions, report: Callable[[str], None] = lambda line: None) -> ShareResult:
     """Upload a cache to a dataset repository; one that is made for it is private.
-
-    Args:
-        options: the cache and the repository.
-        report: takes a line about each commit.
 
     Raises:
         UsageError: no such cache or repository, no right to write there, or it holds something
@@ -111,10 +105,6 @@ def push(options: PushOptions, report: Callable[[str], None] = lambda line: None
 
 def pull(options: PullOptions, report: Callable[[str], None] = lambda line: None) -> ShareResult:
     """Copy a cache, whole or not at all.
-
-    Args:
-        options: the cache and the folder.
-        report: takes a line about each file.
 
     Raises:
         UsageError: no such cache, or the folder holds something else.

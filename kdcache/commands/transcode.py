@@ -4,20 +4,13 @@
     `make_cache`
 
 The spans are the source's, and so is everything of a build after planning: workers, Ray, faults,
-resume, seal.
+resume, seal. Logits that determine the new targets are read a slice of positions at a time, in the
+order of the rows; top-k targets are narrowed as they are.
 
-Cost: the source is read once; the codec's arithmetic, and no forward of a teacher.
-Guarantee: rows, labels and the log-probabilities of labels are the source's. A sample of a `dense`
-cache in float32 is the one that a build with the same seed would have drawn.
-
-The source of a transcoding: the shards of another cache.
-
-Rows and the log-probabilities of labels are copied. Logits that determine the new targets are read
-a slice of positions at a time, in the order of the rows; top-k targets are narrowed as they are.
-
-Cost: memory of one decoded shard of the source for each span in flight, and one slice of logits.
-Guarantee: noise is keyed by position, so a sample is the one that a build with the source's logits
-would have drawn.
+Cost: the source is read once; the codec's arithmetic, and no forward of a teacher. Memory of one
+decoded shard of the source for each span in flight, and one slice of logits.
+Guarantee: rows, labels and the log-probabilities of labels are the source's. Noise is keyed by
+position, so a sample is the one that a build with the source's logits would have drawn.
 """
 
 from __future__ import annotations
@@ -65,7 +58,6 @@ class SourceShard:
 
     Attributes:
         index: the span.
-        records: where its rows are, for a person.
         group: of units that share what a worker keeps: there is none.
     """
 
@@ -79,7 +71,6 @@ class CacheSourceOptions:
     """A sealed cache to read from.
 
     Attributes:
-        url: its address.
         digest: its digest, so that it is the same one for every worker.
         device: "cpu" or "cuda", where new targets are computed.
     """
@@ -234,7 +225,6 @@ def transcode(
     """Make a cache from another, or finish an interrupted one.
 
     Args:
-        options: what to make.
         on_progress: called in this thread, a few times a second at most.
         report: takes a line about what is done before the first progress.
 

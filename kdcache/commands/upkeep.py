@@ -41,7 +41,6 @@ class RepairResult:
     """The result of a repair.
 
     Attributes:
-        cache: where it is.
         removed: names of the files that were broken, and are gone now.
         missing: names of files that had been missing.
         old_digest: of the cache before `reseal` gave it another one, else None.
@@ -68,10 +67,8 @@ class GcResult:
     """The result of `gc`: leftovers that were removed.
 
     Attributes:
-        cache: where it is.
         removed: what is gone now, or would be.
         young: number of leftovers that may belong to a running build, and stay.
-        dry_run: whether nothing was removed.
     """
 
     cache: str

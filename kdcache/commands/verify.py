@@ -1,8 +1,5 @@
-"""`kdcache verify`: checks every file of a cache, and its targets against a teacher.
-
-The work is in `kdcache.cache.check` and, for a teacher, `kdcache.commands.verify`.
-
-Compares cached targets with the teacher's own: do they belong to this teacher?
+"""`kdcache verify`: checks every file of a cache (`kdcache.cache.check`), and its targets against a
+teacher: do they belong to it?
 
 A few random rows go through the teacher again, twice: each by itself, and padded together. Their
 logits are encoded as in the build, with the same noise, and compared with the cache's targets.
@@ -30,7 +27,6 @@ import shlex
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -59,19 +55,13 @@ from kdcache.tasks import TASKS
 from kdcache.teacher import EngineOptions, Teacher, TeacherFiles, TeacherOptions, logits_at
 from kdcache.teacher.probe import spread_of
 
-if TYPE_CHECKING:
-    from kdcache.teacher import EngineOptions
-
 
 @dataclass(frozen=True)
 class VerifyResult:
     """The result of `verify`.
 
     Attributes:
-        cache: where it is.
         digest: SHA-256 of its manifest: names the exact bytes.
-        shards: number of them.
-        rows: in all of them.
         problems: one line each; none where all is well.
         recheck: cached targets against live ones, if a teacher was named and files are intact.
         compared: the same of a generated corpus, in a sentence.
@@ -192,8 +182,6 @@ class Recheck:
     """The comparison of cached targets with those of a live teacher.
 
     Attributes:
-        rows: that were compared.
-        positions: of them that were compared.
         same_teacher: whether configuration and weights are those of the build.
         cached: mean difference between cached and live targets.
         live: mean difference between the targets of the two live runs.

@@ -50,9 +50,7 @@ from kdcache.targets.label_logprob import decode_logprobs, sum_logprobs
 from kdcache.tasks import CAUSAL_LM, TASKS, positions
 from kdcache.teacher import aligned
 
-_WINDOW = 1024  # rows of a corpus that are sorted by length at a time
 _SLICE = 256  # positions, of cached targets that no model's logits go with
-_SPAN_BYTES = 1 << 60  # a file is one span: each is read once, in order
 
 
 def evaluate(options: EvaluateOptions) -> EvaluateResult:

@@ -14,8 +14,6 @@ they agree where p and q are on the same side of 1/2.
 Cost: one forward of each model with a tokenizer of its own, and some numpy calls a row.
 Guarantee: sums in float64 of the log-probabilities of labels; of a cached teacher these are
 `label_logprob`, rounded without bias.
-
-Students of an evaluation that read its text by a tokenizer of their own.
 """
 
 from __future__ import annotations
@@ -160,20 +158,15 @@ class InBytes:
 
     def merge(self, other: InBytes) -> None:
         """Add the sums over other rows."""
-        known = self.teacher is not None and other.teacher is not None
         pairs = zip([*self.same, *self.own], [*other.same, *other.own], strict=True)
         for mine, theirs in pairs:
             mine.merge(theirs)
-        if self.teacher is not None and other.teacher is not None:
+        if self.teacher is None or other.teacher is None:
+            self.teacher = None
+        else:
             self.teacher.merge(other.teacher)
-        self.teacher = self.teacher if known else None
-        self.text += other.text
-        self.bytes += other.bytes
-        self.chunks += other.chunks
-        self.likely += other.likely
-        self.impossible += other.impossible
-        self.lost += other.lost
-        self.cut += other.cut
+        for name in ("text", "bytes", "chunks", "likely", "impossible", "lost", "cut"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     @property
     def teacher_bits(self) -> float | None:

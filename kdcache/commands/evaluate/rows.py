@@ -58,7 +58,6 @@ class EvaluationRows:
         """Find out what is asked.
 
         Args:
-            options: of the evaluation.
             saved: the models, the teacher first if there is one.
 
         Raises:

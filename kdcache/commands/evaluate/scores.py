@@ -16,11 +16,7 @@ class DomainScores:
     """Figures of all models over the rows of one domain.
 
     Attributes:
-        name: of the domain.
-        rows: rows.
-        positions: positions.
         labelled: positions with a hard label.
-        models: as in `EvaluateResult`.
     """
 
     name: str
@@ -35,15 +31,10 @@ class EvaluateResult:
     """Figures of all models over one set.
 
     Attributes:
-        source: the cache or the corpus.
-        task: one of `kdcache.tasks.TASKS`.
-        label_names: the classes, or None.
-        rows: rows in the set.
         positions: positions (one a row for classification).
         labelled: positions with a hard label.
         temperature: of KL.
         agreement_positions: positions where the teacher's most probable id is known.
-        calibration_bins: bins of the calibration error.
         bytes: of text that bits per byte are over; 0 where there are none.
         chunks: of text between byte boundaries that the tokens of all models share; 0 where all
             models share a tokenizer.

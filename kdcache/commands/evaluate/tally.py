@@ -1,8 +1,4 @@
-"""What an evaluation adds up, of all rows or of those of one domain.
-
-What the sums of an evaluation say of each model.
-
-Figures of a model whose answers are not a distribution: labels each by itself, or scores.
+"""What an evaluation adds up, of all rows or of those of one domain, and the figures of the sums.
 
 Average precision and Spearman's correlation need all answers in order, so these are kept: 4 bytes a
 class and row for each model, and as many for the hard labels.
@@ -240,12 +236,9 @@ class Counts:
     """Sums over some rows.
 
     Attributes:
-        teacher: of the teacher.
         students: of each student that reads the rows as they are.
         one: of the labels, for one answer for all.
         in_bytes: over chunks of text, where there are such figures.
-        rows: how many rows.
-        positions: in them.
         label_nats: minus the sum of the log-probabilities that a language model's cache keeps of
             labels, in nats.
         predicted: labels in it.
@@ -288,7 +281,6 @@ class Figures:
     """Makes the figures of models.
 
     Attributes:
-        rows: what they were compared on.
         teacher: that ran with the students, or None.
         students: those that read the rows as they are.
         all_students: all, in the order in which they were named.

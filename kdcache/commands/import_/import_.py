@@ -59,7 +59,6 @@ def import_(
     """Make a cache of files with targets, or finish an interrupted import.
 
     Args:
-        options: what to read.
         on_progress: called in this thread, a few times a second at most.
         report: takes a line about what is done before the first progress.
 
@@ -190,17 +189,15 @@ def _compression(options: ImportOptions, corpus: Corpus) -> Compression | None:
     """The configuration of compressed columns, where there may be some."""
     if COMPRESSED not in LAYOUTS[options.layout].forms:
         return None
-    place = options.compression_config
-    if place is None:
-        place = f"{os.path.dirname(corpus.files[0].url)}/compression_config.yaml"
-        try:
-            stream = open_bytes(place)
-        except (UsageError, OSError):
-            return None  # which matters only if a column is compressed
-    else:
-        stream = open_bytes(place)
-    with stream:
-        text = stream.read(_MOST_CONFIG)
+    beside = f"{os.path.dirname(corpus.files[0].url)}/compression_config.yaml"
+    place = options.compression_config or beside
+    try:
+        with open_bytes(place) as stream:
+            text = stream.read(_MOST_CONFIG)
+    except (UsageError, OSError):
+        if options.compression_config:
+            raise
+        return None  # which matters only if a column is compressed
     try:
         document = parse_yaml(text)
     except ValueError as error:

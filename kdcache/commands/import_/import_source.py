@@ -40,8 +40,6 @@ class ImportSourceOptions:
     """Files with rows and targets.
 
     Attributes:
-        rows: how records become rows.
-        layout: the program that wrote the targets' columns.
         targets: what they stand with: `token` or `next`.
         clip: whether probabilities that sum to more than 1 are scaled to 1.
         compression: of DistillKit's columns.

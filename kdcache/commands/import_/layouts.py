@@ -13,13 +13,12 @@
 axolotl's are those of its prepared datasets, which its own loader has scaled to sum to 1;
 DistillKit and open-instruct, which has taken over its columns, leave the last token out.
 
-DistillKit's compressed log-probabilities: bytes to numbers.
-
-Of each position `compressed_logprobs` holds, in this order: `exact_k` numbers of `exact_dtype`; the
-coefficients of a polynomial in the rank, which gives the other `k - exact_k`; and bins of quantised
-differences from it, each a scale and `num_elements` numbers of `element_bits` bits. With
-`delta_encoding` all of these are differences along the ranks. `bytepacked_indices` holds k ids of
-as many bits as the vocabulary's size `d` needs. Bits are packed from the highest on.
+DistillKit's compressed log-probabilities are bytes. Of each position `compressed_logprobs` holds,
+in this order: `exact_k` numbers of `exact_dtype`; the coefficients of a polynomial in the rank,
+which gives the other `k - exact_k`; and bins of quantised differences from it, each a scale and
+`num_elements` numbers of `element_bits` bits. With `delta_encoding` all of these are differences
+along the ranks. `bytepacked_indices` holds k ids of as many bits as the vocabulary's size `d`
+needs. Bits are packed from the highest on.
 
 Source: DistillKit, README (Logit Compression) and `distillkit/compression`, 2025. LlamaKD: its card
 and its viewer (`codys12/LlamaKD` on the hub, 2024): `inputs: [1024]`, `targets: [1024, 2, 32]`.

@@ -55,11 +55,8 @@ class Chart:
     Attributes:
         caption: above it.
         about: what a screen reader says.
-        x_label: of the axis.
-        y_label: of the axis.
         x_ticks: place and text of each.
         y_ticks: place and text of each.
-        lines: curves.
         bars: x, y, width and height of each.
     """
 

@@ -46,7 +46,6 @@ class TargetFigures:
     """Means over positions of a cache's targets at one temperature; None where not known.
 
     Attributes:
-        temperature: T.
         entropy: nats; at T = 1 as the cache keeps it, else of top-k a lower bound, the tail counted
             as one id.
         best: probability of the most probable id.
@@ -67,7 +66,6 @@ class CachePart:
 
     Attributes:
         facts: what `inspect` finds.
-        rows: some rows as text.
         figures: of the targets, at each declared temperature.
         positions: of which these are means.
         surprise: minus the teacher's log-probability of labels, in nats.
@@ -87,11 +85,9 @@ class RunPart:
     """A run of `train`, finished or not, or of `finetune`.
 
     Attributes:
-        path: its folder.
         finished: whether it has a result.
         options: of the run; empty before it has finished.
         identity: what it was trained on.
-        result: its figures.
         log: the lines of its log: numbers by name.
     """
 

@@ -103,15 +103,7 @@ def _short(name: str) -> str:
 
 @dataclass(frozen=True)
 class ReportResult:
-    """The outcome of `report`.
-
-    Attributes:
-        out: the page.
-        bytes: of it.
-        caches: that it shows.
-        runs: that it shows.
-        sweeps: that it shows.
-    """
+    """The outcome of `report`."""
 
     out: str
     bytes: int
@@ -124,10 +116,6 @@ def report(
     options: ReportOptions, *, report: Callable[[str], None] = lambda line: None
 ) -> ReportResult:
     """Write one self-contained page about caches, runs and sweeps.
-
-    Args:
-        options: see `ReportOptions`.
-        report: takes a line about what is read.
 
     Raises:
         UsageError: a path holds nothing that a report knows.
