@@ -199,10 +199,10 @@ def test_missing_options_are_named() -> None:
 
 
 def test_an_unfinished_cache_is_exit_code_3_and_a_broken_one_1(
-    words: list[str], tmp_path: Path
+    class_cache: str, tmp_path: Path
 ) -> None:
-    run(*words)
     cache = tmp_path / "cache"
+    shutil.copytree(class_cache, cache)
     assert run("verify", str(cache)).exit_code == 0
     shard = next((cache / "shards").iterdir())
     content = bytearray(shard.read_bytes())
@@ -221,15 +221,8 @@ def test_an_unfinished_cache_is_exit_code_3_and_a_broken_one_1(
 
 
 def test_training_mistakes_are_told_at_once(
-    words: list[str], tiny_lm: Path, text_corpus: Path, tmp_path: Path
+    lm_caches: dict[str, str], tiny_lm: Path, tmp_path: Path
 ) -> None:
-    lm = str(tmp_path / "lm")
-    built = run(
-        "build", "--teacher", str(tiny_lm), "--corpus", str(text_corpus), "--codec", "topk:4",
-        "--temperatures", "1,2", "--max-length", "32", "--limit", "10", "--workers", "0",
-        "--out", lm,
-    )  # fmt: skip
-    assert built.exit_code == 0
     config = tmp_path / "student.json"
     config.write_text(json.dumps({"model_type": "llama", "vocab_size": 77, "hidden_size": 16,
                                   "num_attention_heads": 2, "num_hidden_layers": 1}))  # fmt: skip
@@ -241,7 +234,11 @@ def test_training_mistakes_are_told_at_once(
         (("--alpha", "1.5"), "alpha"),
         (("--student", "/nowhere"), "nowhere"),
     ):
-        base = {"--cache": lm, "--student": str(tiny_lm), "--out": str(tmp_path / "run")}
+        base = {
+            "--cache": lm_caches["topk:8"],
+            "--student": str(tiny_lm),
+            "--out": str(tmp_path / "run"),
+        }
         base |= dict([change])
         result = run("train", *[word for pair in base.items() for word in pair])
         assert result.exit_code == 2, (change, result.output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -145,10 +146,12 @@ def test_a_classified_row(class_cache: str, tiny_classifier: Path) -> None:
     assert data.texts[3] in plain(render_inspection, result)
 
 
-@pytest.fixture
-def many_shards(tiny_classifier: Path, labelled_corpus: Path, tmp_path: Path) -> Cache:
-    """A classification cache of several shards."""
-    out = tmp_path / "cache"
+@pytest.fixture(scope="module")
+def many_shards(
+    tiny_classifier: Path, labelled_corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Cache:
+    """A classification cache of several shards. To be read only."""
+    out = tmp_path_factory.mktemp("many") / "cache"
     build(
         BuildOptions(
             teacher=(str(tiny_classifier),),
@@ -177,8 +180,9 @@ def test_rows_are_found_across_shards(many_shards: Cache, class_cache: str) -> N
 
 
 @pytest.mark.slow
-def test_an_unfinished_cache_shows_what_it_has(many_shards: Cache) -> None:
-    url, shards = many_shards.url, many_shards.manifest.shards
+def test_an_unfinished_cache_shows_what_it_has(many_shards: Cache, tmp_path: Path) -> None:
+    url, shards = str(tmp_path / "copy"), many_shards.manifest.shards
+    shutil.copytree(many_shards.url, url)
     gone = shards[1]
     want = inspect(InspectOptions(url, row=199)).row
     assert want is not None

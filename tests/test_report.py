@@ -242,11 +242,15 @@ def test_the_hard_loss_has_the_name_of_the_task_in_runs_and_sweeps(task: Any) ->
         assert other not in run + shown
 
 
+@pytest.fixture(scope="module")
+def page(paths: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> ElementTree.Element:
+    out = tmp_path_factory.mktemp("page") / "page.html"
+    report(ReportOptions((paths["lm"], paths["run"], paths["sweep"]), out=str(out)))
+    return tree_of(out.read_text())
+
+
 @pytest.mark.slow
-def test_a_page_asks_for_nothing_and_runs_nothing(paths: dict[str, str], tmp_path: Path) -> None:
-    out = tmp_path / "page.html"
-    report(ReportOptions((paths["lm"], paths["run"]), out=str(out)))
-    page = tree_of(out.read_text())
+def test_a_page_asks_for_nothing_and_runs_nothing(page: ElementTree.Element) -> None:
     kinds = {node.tag for node in page.iter()}
     assert not kinds & {"script", "link", "img", "iframe", "object", "embed", "form", "base"}
     for node in page.iter():
@@ -259,10 +263,7 @@ def test_a_page_asks_for_nothing_and_runs_nothing(paths: dict[str, str], tmp_pat
 
 
 @pytest.mark.slow
-def test_a_page_can_be_read_without_eyes_or_mouse(paths: dict[str, str], tmp_path: Path) -> None:
-    out = tmp_path / "page.html"
-    report(ReportOptions((paths["lm"], paths["run"], paths["sweep"]), out=str(out)))
-    page = tree_of(out.read_text())
+def test_a_page_can_be_read_without_eyes_or_mouse(page: ElementTree.Element) -> None:
     assert page.get("lang") == "en"
     assert {node.get("name") for node in page.iter("meta")} >= {"viewport", "color-scheme"}
     ids = [node.get("id") for node in page.iter() if node.get("id")]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from broken_caches import files, run
+from broken_caches import files
 from conftest import further, make_tiny_lm
 from make_caches import CAUSAL, make_cache
 from small_runs import StopError
@@ -20,7 +20,8 @@ from kdcache.cache.check import problems
 from kdcache.cache.shard import ShardData
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
-from kdcache.commands.options import TranscodeOptions
+from kdcache.commands.inspect import inspect
+from kdcache.commands.options import InspectOptions, TranscodeOptions
 from kdcache.commands.transcode import CacheSource, transcode
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
 from kdcache.targets import DenseTargets, Targets
@@ -151,6 +152,8 @@ def test_a_transcoded_cache_can_be_transcoded(dense: str, tmp_path: Path) -> Non
     assert b.spec.source == {"codec": "topk:20", "digest": a.digest}
     assert b.spec.temperatures == (1.0, 2.0)
     assert b.notes["teachers"] == Cache.open(dense).notes["teachers"]
+    facts = dict(inspect(InspectOptions(b.url)).facts())
+    assert facts["transcoded from"] == f"topk:20 ({a.digest})"
 
 
 def test_a_mean_of_teachers_stays_at_its_temperature(
@@ -301,17 +304,3 @@ def test_a_span_that_fails_is_tried_again_and_named(
     with pytest.raises(IncompleteError, match=r"span 1 \(.*dense.*: shard 00001-"):
         transcode(again)
     assert transcode(again).made == 1
-
-
-def test_by_command_it_is_the_same(dense: str, tmp_path: Path) -> None:
-    plain = options(dense, "sample:6", tmp_path / "plain", 1.0, 2.0)
-    transcode(plain)
-    words = ["transcode", dense, "--codec", "sample:6", "--temperatures", "1,2"]
-    done = run(*words, "--out", str(tmp_path / "new"), "--workers", "0", "--json")
-    assert done.exit_code == 0, done.output
-    assert json.loads(done.output.splitlines()[-1])["made"] == Cache.open(dense).spec.spans
-    assert kept(tmp_path / "new") == kept(tmp_path / "plain")
-    again = run(*words, "--out", str(tmp_path / "new"), "--workers", "0")
-    assert "Nothing to do" in again.output
-    shown = run("inspect", str(tmp_path / "new"))
-    assert f"dense ({Cache.open(dense).digest})" in shown.output

@@ -352,8 +352,7 @@ def _run(row: Command, options: Any, as_json: bool) -> None:
     """
     import click
 
-    from kdcache.cli.options import print_json
-    from kdcache.cli.tables import echo, echo_next, tell
+    from kdcache.cli.options import echo, echo_next, print_json, tell
 
     if row.dry_run is not None and options.dry_run:
         row = row.dry_run

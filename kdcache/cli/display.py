@@ -1,20 +1,28 @@
-"""The progress of a long command: a live bar on a terminal, a plain line now and then elsewhere."""
+"""What a command shows: progress, as a live bar on a terminal and a plain line now and then
+elsewhere; and results, as lines and tables.
+
+Guarantee: control characters in what is printed (names, texts and errors may come from anybody's
+data) never reach the terminal. In a file or a pipe tables are whole lines of plain text.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-from rich.console import Console, Group
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, Group, JustifyMethod
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+from rich.table import Table
 from rich.text import Text
 
-from kdcache.cli.tables import is_quiet
+from kdcache.cli.options import is_quiet
 from kdcache.humanize import counted, duration, printable, size
 
 if TYPE_CHECKING:  # a display is there before what it shows is loaded
@@ -217,3 +225,68 @@ def _worker(figures: WorkerFigures, busy: str) -> str:
     return "  ".join(
         [figures.name, counted(figures.spans, "span"), *rates, _at_work(figures.in_flight)]
     )
+
+
+# Results
+
+
+def terminal() -> Console:
+    """Where tables of a command are printed: standard output."""
+    return Console()
+
+
+def print_table(
+    console: Console,
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    left: int = 1,
+    title: str | None = None,
+) -> None:
+    """Print a table without truncation.
+
+    Where a terminal has no room for it, it comes as plain lines, which wrap. In a file or a pipe
+    nothing is wrapped or coloured.
+
+    Args:
+        header: names of the columns; all empty for none.
+        rows: one text a column; shown as they are, `[` and all.
+        left: how many of the first columns are texts, aligned to the left; the others are numbers.
+        title: a line above it.
+    """
+    if title:
+        print_line(console, title, style="bold")
+    header = [printable(name) for name in header]
+    lines = [tuple(map(printable, row)) for row in rows]
+    # Headings may fold between words; each column has a frame of three.
+    words = [max(name.split() or [""], key=cell_len) for name in header]
+    width = sum(3 + max(map(cell_len, cells)) for cells in zip(words, *lines, strict=True)) + 1
+    if not console.is_terminal or width > console.width:
+        # Rich would wrap or cut here, and a program that reads this wants whole lines.
+        for line in _plain([tuple(header), *lines] if any(header) else lines, left):
+            print_line(console, line)
+        return
+    table = Table(box=box.SIMPLE_HEAD, show_header=any(header), header_style="bold")
+    for i, name in enumerate(header):
+        justify: JustifyMethod = "left" if i < left else "right"
+        # A heading may fold, a cell may not.
+        least = max((cell_len(line[i]) for line in lines), default=0)
+        table.add_column(name, justify=justify, min_width=least, overflow="fold")
+    for cells in lines:
+        table.add_row(*map(Text, cells))
+    console.print(table)
+
+
+def _plain(lines: Sequence[Sequence[str]], left: int) -> Iterator[str]:
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = []
+        for i, (cell, width) in enumerate(zip(line, widths, strict=True)):
+            blank = " " * (width - cell_len(cell))
+            cells.append(cell + blank if i < left else blank + cell)
+        yield "  ".join(cells).rstrip()
+
+
+def print_line(console: Console, text: str, style: str | None = None) -> None:
+    """Print one line of text as it is: no markup, no colours guessed from its content."""
+    console.print(Text(printable(text), style=style or ""), soft_wrap=True)

@@ -21,7 +21,7 @@ import click
 
 from kdcache import __version__
 from kdcache.cli.commands import COMMANDS, load
-from kdcache.cli.tables import Volume, set_volume, volume_options
+from kdcache.cli.options import Volume, set_volume, volume_options
 from kdcache.errors import KdcacheError, UnexpectedError
 from kdcache.humanize import printable, redacted
 

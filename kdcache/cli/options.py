@@ -1,20 +1,99 @@
-"""An options dataclass becomes a click command: each field is an option."""
+"""An options dataclass becomes a click command: each field is an option. And how much is printed:
+`-v` shows more and `-q` nothing but results and errors, before and after the name of a command.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
+import logging
+import shlex
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 
-from kdcache.cli.tables import tell, volume_options
 from kdcache.files import read_yaml
+from kdcache.humanize import printable
 from kdcache.options import Option, Options, options_of, parse_values
 
 _ALWAYS = "Of every command"
 Kind = TypeVar("Kind", bound=Options)
+
+
+class Volume(enum.Enum):
+    """What is said, and from which level on log messages are shown."""
+
+    QUIET = logging.ERROR
+    NORMAL = logging.WARNING
+    VERBOSE = logging.INFO
+
+
+_KEY = "kdcache.volume"
+
+
+def set_volume(chosen: Volume) -> None:
+    """Take a volume for the running command, unless one was chosen already."""
+    meta = click.get_current_context().meta
+    if chosen is Volume.NORMAL:
+        chosen = meta.get(_KEY, chosen)
+    meta[_KEY] = chosen
+    logging.getLogger().setLevel(chosen.value)
+    shown: Literal["default", "ignore"] = "default" if chosen is Volume.VERBOSE else "ignore"
+    warnings.filterwarnings(shown, module=r"(torch|transformers|ray|accelerate)\b")
+
+
+def is_quiet() -> bool:
+    """Whether the running command shows nothing but its result and errors."""
+    context = click.get_current_context(silent=True)
+    return context is not None and context.meta.get(_KEY) is Volume.QUIET
+
+
+def volume_options() -> list[click.Option]:
+    """`-v` and `-q`."""
+
+    def take(chosen: Volume) -> Any:
+        def callback(ctx: click.Context, param: click.Parameter, given: bool) -> None:
+            if given:
+                set_volume(chosen)
+
+        return callback
+
+    words = {
+        Volume.VERBOSE: "Show the log messages of the libraries used.",
+        Volume.QUIET: "Show nothing but the result and errors.",
+    }
+    return [
+        click.Option(
+            [f"-{name[0]}", f"--{name}"],
+            is_flag=True,
+            expose_value=False,
+            is_eager=True,
+            callback=take(chosen),
+            help=words[chosen],
+        )
+        for chosen in words
+        for name in [chosen.name.lower()]
+    ]
+
+
+def tell(line: str) -> None:
+    """What a command reports on its way: on standard error, and nothing with --quiet."""
+    if not is_quiet():
+        echo(line, err=True)
+
+
+def echo(text: str, *, err: bool = False) -> None:
+    """Print a line on standard output, or on standard error."""
+    click.echo(printable(text), err=err)
+
+
+def echo_next(*words: str) -> None:
+    """Say on standard error what to type next; words in capitals are for the user to fill in."""
+    if not is_quiet():
+        echo(f"Next: {shlex.join(words)}", err=True)
 
 
 class _Value(click.ParamType):  # type: ignore[type-arg,unused-ignore]

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache.cli.tables import echo, print_table, terminal
+from kdcache.cli.display import print_table, terminal
+from kdcache.cli.options import echo
 from kdcache.humanize import counted, duration, number, redacted, size
 from kdcache.metrics import METRICS
 from kdcache.options import Options, key_values, options_of

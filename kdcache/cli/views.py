@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from kdcache.cli.tables import print_line, print_table
+from kdcache.cli.display import print_line, print_table
 from kdcache.humanize import counted, duration, number, percent, score, size
 from kdcache.metrics import METRICS, RANKED
 from kdcache.tasks import TASKS, Answers
