@@ -42,11 +42,7 @@ _folders: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def python(code: str, *words: str, **more: Any) -> subprocess.Popen[bytes]:
-    """Start a Python next to this one, isolated, with pipes for its input and its output.
-
-    Args:
-        code: what it runs.
-    """
+    """Start a Python next to this one, isolated, with pipes for its input and its output."""
     here = json.dumps([place for place in sys.path if place])  # an empty one is the current folder
     command = [sys.executable, "-I", "-c", _PYTHON + code, here, *words]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **more)

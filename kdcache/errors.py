@@ -191,10 +191,7 @@ def install_command(*extras: str) -> str:
 
 
 def require(asked: Mapping[str, str]) -> None:
-    """Refuse what needs extras that are not installed.
-
-    Args:
-        asked: extras of this package, each with what needs it.
+    """Refuse what needs extras that are not installed, each with what needs it.
 
     Raises:
         UsageError: states which are missing, and the command that installs them all.

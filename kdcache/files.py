@@ -69,7 +69,6 @@ def output_errors(place: str | Path, kept: str = "what is committed stays valid"
     """Errors of writing to a place, as errors with a cure.
 
     Args:
-        place: folder or file that is written, for the message.
         kept: what a full disk does not lose.
 
     Raises:
@@ -137,12 +136,7 @@ def _here(name: str) -> Path | None:
 
 
 def output_problem(name: str, option: str) -> str:
-    """Why nothing can be made under a name, as far as looking tells: a sentence, or nothing.
-
-    Args:
-        name: path or URL of an output.
-        option: that names it.
-    """
+    """Why nothing can be made under a name, as far as looking tells: a sentence, or nothing."""
     path = _here(name)
     if path is None:
         return ""
@@ -154,12 +148,7 @@ def output_problem(name: str, option: str) -> str:
 
 
 def file_problems(name: str | None, option: str) -> list[str]:
-    """What is wrong with the name of a file to write into a folder that is there.
-
-    Args:
-        name: of the file; None for none.
-        option: that names it.
-    """
+    """What is wrong with the name of a file to write into a folder that is there."""
     if name is None or output_problem(name, option):  # which the option's own check reports
         return []
     try:
@@ -179,7 +168,6 @@ def try_output(name: str, option: str = "--out") -> None:
     Args:
         name: of a file, or of a folder, which is only tried where it is not there yet; of a URL
             nothing is tried.
-        option: that names it.
 
     Raises:
         UsageError: nothing can be made there.
@@ -359,7 +347,6 @@ def alone(folder: Path, work: str) -> Iterator[None]:
     The lock is the kernel's and ends with this process, however that ends.
 
     Args:
-        folder: where this process works.
         work: what it does there, for the message to the second one.
 
     Raises:
@@ -435,7 +422,6 @@ def strange(names: Set[str], ours: Iterable[str] = ()) -> set[str]:
     """The names in a folder that are of no work of kdcache there.
 
     Args:
-        names: see `listed` and `found_at`.
         ours: patterns of what that work writes, besides its lock and files under temporary names.
     """
     known = (fnmatch.filter(names, pattern) for pattern in (LOCK_FILE, ".*.tmp", *ours))

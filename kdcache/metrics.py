@@ -171,12 +171,7 @@ RANKED = ("accuracy", "f1", "micro_f1", "pearson", *LOSS_PARTS, "loss")
 
 
 def run_title(name: str, task: str | None = None) -> str:
-    """A figure of a training for people: its F1 is of entities, and scores have an error.
-
-    Args:
-        name: of the figure.
-        task: of the run; None where it is not known.
-    """
+    """A figure of a training for people: its F1 is of entities, and scores have an error."""
     if name == "hard_loss" and task is not None:
         return TASKS[task].hard[0]
     return "F1 of entities" if name == "f1" else METRICS[name].title

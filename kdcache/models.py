@@ -28,7 +28,6 @@ class BiLstmConfig(PreTrainedConfig):  # type: ignore[misc]
     Args:
         embedding_size: width of a word's vector.
         hidden_size: width of the LSTM, in each direction.
-        layers: LSTM layers.
         dense_size: width of the ReLU layer.
         pooling: "last": final states of both directions (the original); "max": maximum over the
             words.

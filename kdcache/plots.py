@@ -65,9 +65,7 @@ def plot_clouds(path: str | Path, panels: Sequence[Panel], *, title: str, x_labe
     """Draw points with their names into a PNG, panels side by side, all axes logarithmic.
 
     Args:
-        path: the file; replaced if it is there.
         panels: with the same clouds in all of them.
-        x_label: name and unit of the x axis.
     """
     _save(draw_clouds(panels, title=title, x_label=x_label), path)
 
@@ -216,7 +214,6 @@ def plot_charts(path: str | Path, charts: Sequence[Chart], *, title: str, note: 
     """Draw charts into a PNG, side by side, with one legend below them.
 
     Args:
-        path: the file; replaced if it is there.
         note: above the legend, smaller.
     """
     _save(draw_charts(charts, title=title, note=note), path)

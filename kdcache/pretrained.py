@@ -62,9 +62,6 @@ def unreadable() -> Iterator[None]:
 def read_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """A tokenizer.
 
-    Args:
-        trust_remote_code: whether code that ships with it may run.
-
     Raises:
         UnreadableError: there is none, or its files are broken.
     """
@@ -106,7 +103,6 @@ def read_config(folder: Path, *, trust_remote_code: bool = False, **changes: Any
 
     Args:
         folder: with its `config.json`.
-        trust_remote_code: whether code that ships with it may run.
         changes: what it shall have besides what the file states.
 
     Raises:
@@ -135,7 +131,6 @@ def left_out(model: Any, unexpected: Iterable[str]) -> list[str]:
     predict further tokens, and buffers that older versions saved, are not such weights.
 
     Args:
-        model: as it was loaded.
         unexpected: names of weights that were found in its files and not loaded.
     """
     own = {name for name, _ in model.named_parameters()}

@@ -255,7 +255,6 @@ def labelled(labels: _Labels, task: str) -> _Labels:
             `UNLABELLED` at a token that has a soft target alone: those of each token, or those of
             each row; for `labels` [rows, classes], 0 or 1 or `IGNORE` of each class; for a `score`
             floats [rows], NaN where there is none.
-        task: one of `TASKS`.
 
     Returns:
         bool, in the shape of `labels`; for `labels` [rows], True where a class is known.
@@ -272,10 +271,6 @@ def labelled(labels: _Labels, task: str) -> _Labels:
 def positions(labels: _Labels, task: str) -> _Labels:
     """Which labels have a soft target.
 
-    Args:
-        labels: as for `labelled`.
-        task: one of `TASKS`.
-
     Returns:
         bool, as `labelled`. Of the tokens of a row, those that have a label or are `UNLABELLED` are
         positions; of rows all are. Either way a transfer set has soft targets without hard labels.
@@ -289,8 +284,6 @@ def check_position_share(figure: str, share: float, given: str) -> None:
     """Refuse what is not a share of positions by a figure of theirs.
 
     Args:
-        figure: one of `PositionFigure`.
-        share: above 0, at most 1.
         given: what is wrong then, the beginning of the message.
 
     Raises:

@@ -82,9 +82,6 @@ def export(
 ) -> ExportResult:
     """Write a cache's rows and targets at one temperature, or finish an interrupted export.
 
-    Args:
-        report: told of each file.
-
     Raises:
         UsageError: wrong options, a temperature that the cache does not declare, or a folder with
             something else.

@@ -119,7 +119,6 @@ def fidelity(
 
     Args:
         read: what the teacher gave, [n, ...].
-        targets: of the same positions.
         logits_of: its logits [n, V] of that, not divided by T.
     """
     first = logits_of(read[:1])

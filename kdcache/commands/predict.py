@@ -90,7 +90,6 @@ def predict(
     """Classify texts, score them, tag sentences, or write targets.
 
     Args:
-        options: what to do.
         lines: read instead of standard input, for `corpus` `-`.
         output: written to instead of standard output, where `out` is None.
 
@@ -384,7 +383,6 @@ class Writer:
         """Targets of sources, without special tokens, in their order; empty of an empty source.
 
         Args:
-            sources: texts.
             batch_tokens: tokens of a batch, sources and the longest targets.
         """
         filled = [i for i, text in enumerate(sources) if text.strip()]

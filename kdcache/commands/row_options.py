@@ -137,22 +137,12 @@ class RowOptions(RecordOptions, LabelGroup, LengthGroup, WordGroup, ChatOptions,
 
             check_tokenizer(self.tokenizer or "", teacher)
 
-    def set_chat_template(self, tokenizer: Any) -> None:
-        """Give a tokenizer the chat template of a file, if one is named.
-
-        Raises:
-            UsageError: The file cannot be read.
-        """
-        if self.chat_template is not None:
-            set_chat_template(self.chat_template, tokenizer)
-
     def row_length(
         self, reach: Iterable[tuple[str, int | None]], default: int = DEFAULT_LENGTH
     ) -> int:
         """Tokens of the longest row.
 
         Args:
-            reach: each model, and the most tokens that it reads; None for no bound.
             default: where the option is not given, and no model reads less.
 
         Raises:
@@ -185,12 +175,14 @@ class RowOptions(RecordOptions, LabelGroup, LengthGroup, WordGroup, ChatOptions,
         return RowSpec(**given)
 
 
-def set_chat_template(name: str, tokenizer: Any) -> None:
-    """Give a tokenizer the chat template of a file.
+def set_chat_template(name: str | None, tokenizer: Any) -> None:
+    """Give a tokenizer the chat template of a file, if one is named.
 
     Raises:
         UsageError: The file cannot be read.
     """
+    if name is None:
+        return
     try:
         tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -203,10 +195,7 @@ def longest(
     """Tokens of the longest row, or source, that every model reads.
 
     Args:
-        flag: the option that sets it, for messages.
-        asked: what it states; None if it is not given.
         reach: each model, and the most tokens that it reads; None for no bound.
-        default: where the option is not given, and no model reads less.
 
     Raises:
         UsageError: a model reads less than the option states.
@@ -236,11 +225,7 @@ class PairRowOptions(RowOptions, PairGroup, SourceOptions):
         """A spec with what rows of a source and a target have besides; others as they are.
 
         Args:
-            spec: of the rows.
             models: `TeacherFiles`; the rows have the start of the first one's decoder.
-            role: of these, for messages.
-            default: tokens of the longest source where the option is not given, and no model reads
-                less.
 
         Raises:
             UsageError: a model reads less than the option states.
@@ -269,10 +254,6 @@ def drawn_as_is(options: Any, packing: str) -> bool:
     """Whether all is text that models drew from their own distributions, each a row by itself.
 
     Then the log-probabilities that `generate` keeps are of what drew it.
-
-    Args:
-        options: as given, see `as_written`.
-        packing: of the rows.
     """
     if options.record_form != "auto" or packing != "whole":
         return False
@@ -284,9 +265,6 @@ def drawn_as_is(options: Any, packing: str) -> bool:
 
 def as_written(options: OptionsT) -> OptionsT:
     """The options with which a corpus is read; others than generated corpora as they are.
-
-    Args:
-        options: with `corpus`, `record_form`, `labels`, `tokenizer` and `max_length`.
 
     Raises:
         UsageError: generated corpora next to others.

@@ -275,8 +275,6 @@ def data_card(cache: Cache, url: str, measured: Sequence[str]) -> str:
     """What a cache holds, how good it is as measured, and how to train on it.
 
     Args:
-        cache: a finished one.
-        url: where it will be.
         measured: files with the JSON of `verify --teacher` or `plan`.
 
     Raises:

@@ -184,9 +184,6 @@ def gc(options: GcOptions) -> GcResult:
     there are no locks), unfinished uploads that are older than an hour for the object store and, in
     a finished cache, second shards of a span.
 
-    Args:
-        options: the cache, finished or not; `dry_run` only looks.
-
     Raises:
         UsageError: there is no cache, or its folders are links.
         CorruptCacheError: its spec or manifest cannot be read.

@@ -237,12 +237,9 @@ def recheck(
     """Run the teachers of a cache again on some of its rows.
 
     Args:
-        cache: a sealed cache, whose files are whole.
         teachers: folder or hub id of each, in the order of the build.
-        sample: number of rows.
         seed: of their choice, and of the choice of positions.
         engine: how vLLM runs the one teacher; None for transformers.
-        trust_remote_code: let code that ships with a teacher run.
 
     Raises:
         UsageError: not as many teachers as the cache has, or they have other ids or classes.
@@ -350,9 +347,6 @@ def _live(
     """What the codec reads of the wanted positions, row by row as they were chosen.
 
     Args:
-        teacher: who is asked.
-        codec: of the cache.
-        chosen: the rows.
         groups: numbers of the rows that make a batch.
     """
     found: dict[int, Tensor] = {}

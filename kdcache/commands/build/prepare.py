@@ -33,6 +33,7 @@ from kdcache.commands.row_options import (
     SOURCE_LENGTH,
     as_written,
     drawn_as_is,
+    set_chat_template,
 )
 from kdcache.corpus import Corpus, named, sample_records, sample_spans
 from kdcache.corpus.sample import shortened
@@ -172,7 +173,7 @@ def prepare(options: BuildOptions) -> Prepared:
             teacher.check_whole("--engine vllm")
     vocab_size = _agree(teachers, options.task)
     tokenizer = teachers[0].tokenizer
-    options.set_chat_template(tokenizer)
+    set_chat_template(options.chat_template, tokenizer)
     options.check_tokenizer(tokenizer)
     check_answers(options.codec or task.codec, options.temperatures, options.task)
     codec = Codec.parse(options.codec or task.codec, options.temperatures, vocab_size)

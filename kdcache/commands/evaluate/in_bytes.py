@@ -289,12 +289,7 @@ def answers(model: LoadedModel, rows: Sequence[Row], labels: np.ndarray) -> Floa
 
 
 def label_logprobs(logits: Tensor, labels: np.ndarray) -> Floats:
-    """float64 [n]: log-probabilities of labels.
-
-    Args:
-        logits: [n, V].
-        labels: int [n].
-    """
+    """float64 [n]: log-probabilities of labels [n] by logits [n, V]."""
     number = torch.from_numpy(labels.astype(np.int64)).to(logits.device)
     return np.asarray(loss.label_logprobs(logits, number).cpu().numpy(), np.float64)
 
@@ -307,10 +302,6 @@ def _sums(values: Floats, over: Callable[[Floats], Floats]) -> Floats:
 
 def other_tokenizers(saved: Sequence[SavedModel], rows: EvaluationRows) -> list[bool]:
     """Which models have another vocabulary than the rows.
-
-    Args:
-        saved: the models.
-        rows: that they are to read.
 
     Raises:
         UsageError: a model has that is a teacher, or of a task where no text is read anew.

@@ -17,6 +17,7 @@ from kdcache.cache import Cache
 from kdcache.cache.shard import ShardData
 from kdcache.commands.inspect import default_temperature
 from kdcache.commands.options import EvaluateOptions
+from kdcache.commands.row_options import set_chat_template
 from kdcache.corpus import Corpus, named
 from kdcache.errors import UsageError
 from kdcache.rows import Row, RowSpec, make_encoder
@@ -112,7 +113,7 @@ class EvaluationRows:
         self.reader = first.who
         self.encoder_tokenizer = first.tokenizer
         if self.encoder_tokenizer is not None:
-            options.set_chat_template(self.encoder_tokenizer)
+            set_chat_template(options.chat_template, self.encoder_tokenizer)
         self.tokenizer_sha256 = first.tokenizer_sha256
         if first.tokenizer is None and TASKS[task].rereads and first.is_factory:
             self.encoder_tokenizer = word_reader()
@@ -166,11 +167,7 @@ class EvaluationRows:
         return list(dict.fromkeys(span.file.domain for span in self._corpus.spans))
 
     def windows(self, *, targets: bool) -> Iterator[Window]:
-        """All rows, some at a time.
-
-        Args:
-            targets: whether to give the shard of a cache with its rows.
-        """
+        """All rows, some at a time."""
         return self._encoded() if self.cache is None else self._cached(self.cache, targets)
 
     def _cached(self, cache: Cache, targets: bool) -> Iterator[Window]:

@@ -98,12 +98,7 @@ class EvaluateResult:
 
 
 def plot_evaluation(path: str, result: EvaluateResult) -> None:
-    """Draw a calibration curve of each model, and their figures side by side.
-
-    Args:
-        path: the PNG file.
-        result: of the evaluation.
-    """
+    """Draw a calibration curve of each model, and their figures side by side."""
     plot_charts(path, charts_of(result), title=result.source)
 
 

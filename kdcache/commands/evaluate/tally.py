@@ -223,7 +223,6 @@ def make_tally(
     """A tally of no positions.
 
     Args:
-        task: of the model.
         outputs: ids, classes or scores of an answer.
         names: of the classes; entities are counted where they are the tags of some.
         threshold: probability from which a class is predicted, where there may be several.
@@ -388,7 +387,6 @@ class Figures:
         """What a reader must know about figures that are missing or not exact.
 
         Args:
-            counts: of all rows.
             why_no_bytes: why there are no bits per byte, or nothing.
         """
         tally = tally_of(counts)

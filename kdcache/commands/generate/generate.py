@@ -145,8 +145,7 @@ def plan_of(options: GenerateOptions) -> ShardPlan:
         model.check_whole("--engine vllm")
     options = as_written(options)
     tokenizer = model.tokenizer
-    if options.chat_template is not None:
-        set_chat_template(options.chat_template, tokenizer)
+    set_chat_template(options.chat_template, tokenizer)
     if options.record_form == "ids":
         check_tokenizer(options.tokenizer or options.model, tokenizer)
     reach = [(f"model {model.name}", model.reach(CAUSAL_LM))]
