@@ -166,14 +166,11 @@ def test_a_config_file_gives_options_and_flags_win(words: list[str], tmp_path: P
         (("--teacher", "/nowhere"), "neither a folder"),
         (("--corpus", "/nowhere.tsv"), "nowhere.tsv"),
         (("--columns", "text=body"), "no column 'text'"),
-        (("--codec", "topk"), "topk"),
-        (("--temperatures", "0"), "--temperatures"),
         (
             ("--temperatures", "warm"),
             "--temperatures is 'warm', expected a number, several with commas",
         ),
         (("--workers", "many"), "--workers is many, expected a number of at least 0"),
-        (("--task", "poetry"), "poetry"),
         (("--task", "causal-lm"), "Use --task sequence-classification"),
     ],
 )

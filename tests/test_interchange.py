@@ -257,14 +257,13 @@ def test_documents_that_share_a_row_stay_apart(
             assert mine == pytest.approx(theirs, abs=1e-3)
 
 
-@pytest.mark.parametrize("attend", ["row", "document"])
 def test_axolotl_reads_what_is_written_for_it(
-    tiny_lm: Path, text_corpus: Path, tmp_path: Path, attend: str
+    tiny_lm: Path, text_corpus: Path, tmp_path: Path
 ) -> None:
     """Its layout is the one that import reads: the same rows, the same targets without a tail."""
     options = BuildOptions(
         teacher=(str(tiny_lm),), corpus=(str(text_corpus),), out=str(tmp_path / "cache"),
-        codec="topk:8", max_length=32, limit=40, workers=0, packing="concat", attend=attend,
+        codec="topk:8", max_length=32, limit=40, workers=0, packing="concat", attend="document",
     )  # fmt: skip
     kdcache.build(options)
     cache = Cache.open(options.out)
@@ -280,7 +279,7 @@ def test_axolotl_reads_what_is_written_for_it(
                 assert not learnt or row["labels"][at] == row["input_ids"][at]
     again = take_in(
         tmp_path / "out", tmp_path / "again", layout="axolotl", tokenizer=str(tiny_lm),
-        max_length=64, attend=attend,
+        max_length=64, attend="document",
     )  # fmt: skip
     for first, second in zip(rows_of(cache), rows_of(again), strict=True):
         assert first.input_ids.tolist() == second.input_ids.tolist()

@@ -22,7 +22,7 @@ from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.inspect import inspect
 from kdcache.commands.options import InspectOptions, TranscodeOptions
-from kdcache.commands.transcode import CacheSource, transcode
+from kdcache.commands.transcode import transcode
 from kdcache.errors import CorruptCacheError, IncompleteError, UsageError
 from kdcache.targets import DenseTargets, Targets
 
@@ -286,21 +286,3 @@ def test_an_interruption_and_a_lost_shard_are_made_good(
     min((tmp_path / "stopped" / "shards").iterdir()).unlink()
     assert transcode(stopped).made == 1
     assert kept(tmp_path / "stopped") == kept(tmp_path / "plain")
-
-
-def test_a_span_that_fails_is_tried_again_and_named(
-    dense: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    again = options(dense, "sample:6", tmp_path / "new")
-    answer, failed = CacheSource.answer, []
-
-    def fail(self: Any, rows: Any, packer: Any, move: Any) -> Any:
-        if packer.span == 1 and len(failed) < 3:
-            failed.append(packer.span)
-            raise RuntimeError(f"a faulty memory, {len(failed)}")  # not the same each time
-        return answer(self, rows, packer, move)
-
-    monkeypatch.setattr(CacheSource, "answer", fail)
-    with pytest.raises(IncompleteError, match=r"span 1 \(.*dense.*: shard 00001-"):
-        transcode(again)
-    assert transcode(again).made == 1
