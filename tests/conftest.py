@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from environment import never_move_the_environment
@@ -234,24 +234,23 @@ def small_build(tiny_lm: Path, text_corpus: Path, tmp_path: Path) -> BuildOption
     )
 
 
+def built(teacher: Path, corpus: Path, out: Path, **options: Any) -> str:
+    """The folder of a cache, built in this process."""
+    from kdcache.commands.build.build import build
+    from kdcache.commands.build.options import BuildOptions
+
+    build(BuildOptions((str(teacher),), (str(corpus),), str(out), workers=0, **options))
+    return str(out)
+
+
 @pytest.fixture(scope="session")
 def class_cache(
     tiny_classifier: Path, labelled_corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> str:
     """A cache of one shard: the tiny classifier over the labelled corpus. To be read only."""
-    from kdcache.commands.build.build import build
-    from kdcache.commands.build.options import BuildOptions
-
-    options = BuildOptions(
-        teacher=(str(tiny_classifier),),
-        corpus=(str(labelled_corpus),),
-        out=str(tmp_path_factory.mktemp("classes") / "cache"),
-        task="sequence-classification",
-        max_length=64,
-        workers=0,
-    )
-    build(options)
-    return options.out
+    out = tmp_path_factory.mktemp("classes") / "cache"
+    given = {"task": "sequence-classification", "max_length": 64}
+    return built(tiny_classifier, labelled_corpus, out, **given)
 
 
 @pytest.fixture(scope="session")
@@ -259,24 +258,12 @@ def lm_caches(
     tiny_lm: Path, text_corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
     """Caches of the tiny LM over the same documents, by codec. To be read only."""
-    from kdcache.commands.build.build import build
-    from kdcache.commands.build.options import BuildOptions
-
-    caches = {}
-    for codec in ("dense", "topk:8", "sample:20"):
-        options = BuildOptions(
-            teacher=(str(tiny_lm),),
-            corpus=(str(text_corpus),),
-            out=str(tmp_path_factory.mktemp("lm") / "cache"),
-            codec=codec,
-            temperatures=(1.0, 2.0),
-            max_length=48,
-            limit=60,
-            workers=0,
-        )
-        build(options)
-        caches[codec] = options.out
-    return caches
+    out = tmp_path_factory.mktemp("lm")
+    given = {"temperatures": (1.0, 2.0), "max_length": 48, "limit": 60}
+    return {
+        codec: built(tiny_lm, text_corpus, out / codec, codec=codec, **given)
+        for codec in ("dense", "topk:8", "sample:20")
+    }
 
 
 @pytest.fixture(scope="session")
@@ -358,26 +345,12 @@ def tag_caches(
     tiny_tagger: Path, tagged_corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
     """Caches of the tiny tagger, of three shards each, by `label_tokens`. To be read only."""
-    from typing import Any
-
-    from kdcache.commands.build.build import build
-    from kdcache.commands.build.options import BuildOptions
-
-    caches: dict[str, str] = {}
-    modes: tuple[Any, ...] = ("first", "all")
-    for mode in modes:
-        options = BuildOptions(
-            teacher=(str(tiny_tagger),),
-            corpus=(str(tagged_corpus),),
-            out=str(tmp_path_factory.mktemp("tags") / "cache"),
-            task="token-classification",
-            label_tokens=mode,
-            shard_tokens=tagged_corpus.stat().st_size // 12 + 1,
-            workers=0,
-        )
-        build(options)
-        caches[mode] = options.out
-    return caches
+    out, third = tmp_path_factory.mktemp("tags"), tagged_corpus.stat().st_size // 12 + 1
+    given = {"task": "token-classification", "shard_tokens": third}
+    return {
+        mode: built(tiny_tagger, tagged_corpus, out / mode, label_tokens=mode, **given)
+        for mode in ("first", "all")
+    }
 
 
 @pytest.fixture(scope="module")

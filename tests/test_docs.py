@@ -22,6 +22,7 @@ import click
 import numpy as np
 import pytest
 import yaml
+from conftest import built
 from forked_program import forked_program
 from make_caches import make_cache
 
@@ -372,15 +373,15 @@ def test_guide_python(run: Run) -> None:
 
 
 @pytest.fixture
-def built(run: Run) -> None:
-    """The cache of the page on training."""
+def training_cache(run: Run) -> None:
+    """That of the page on training."""
     blocks = _blocks(ROOT / "docs" / "training.md")
     command = next(text for _, language, text in blocks if language == "sh")
     run("bash", "-euo", "pipefail", "-c", command.rstrip() + " --workers 0 --limit 40\n")
 
 
 @pytest.mark.end_to_end
-@pytest.mark.usefixtures("built")
+@pytest.mark.usefixtures("training_cache")
 def test_training_page(run: Run, desk: Path) -> None:
     names = ("loop", "trainer", "own-loss")
     # One process for all, each block with names of its own.
@@ -500,15 +501,8 @@ def test_format_of_what_a_build_makes(
     plain_reader: dict[str, Any], codec: str, temperatures: tuple[float, ...], tiny_lm: Path,
     text_corpus: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
-    from kdcache import BuildOptions, build
-
-    out = str(tmp_path / "cache")
-    build(
-        BuildOptions(
-            (str(tiny_lm),), (f"web={text_corpus}",), out, codec=codec, temperatures=temperatures,
-            max_length=32, limit=12, workers=0,
-        )
-    )  # fmt: skip
+    given = {"codec": codec, "temperatures": temperatures, "max_length": 32, "limit": 12}
+    out = built(tiny_lm, Path(f"web={text_corpus}"), tmp_path / "cache", **given)
     cache = Cache.open(out)
     data = cache.read(0)
     assert data.entropy is not None

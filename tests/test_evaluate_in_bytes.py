@@ -14,15 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny_lm
+from conftest import built, make_tiny_lm
 from rich.console import Console
 from textbook import lm_logits, logprobs_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from kdcache.cache import Cache
 from kdcache.cli.views import render_evaluation
-from kdcache.commands.build.build import build
-from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
 from kdcache.commands.evaluate.scores import EvaluateResult
 from kdcache.commands.options import EvaluateOptions
@@ -63,18 +61,8 @@ def stories(tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
         "Ein M\u00e4dchen, \u4f60\u597d, and a \U0001f469.",
     ]
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    out = str(folder / "cache")
-    options = BuildOptions(
-        teacher=(str(tiny_lm),),
-        corpus=(str(folder / "texts.jsonl"),),
-        out=out,
-        codec="topk:8",
-        max_length=120,
-        packing="none",
-        workers=0,
-    )
-    build(options)
-    return out
+    given = {"codec": "topk:8", "max_length": 120, "packing": "none"}
+    return built(tiny_lm, folder / "texts.jsonl", folder / "cache", **given)
 
 
 def of(result: EvaluateResult, role: str) -> ModelScores:
@@ -249,20 +237,11 @@ def test_documents_that_do_not_attend_to_each_other(
     tiny_lm: Path, pieces_lm: Path, text_corpus: Path, tmp_path: Path
 ) -> None:
     """A student of other ids has the teacher's figures where documents are apart as well."""
-    options = BuildOptions(
-        teacher=(str(tiny_lm),),
-        corpus=(str(text_corpus),),
-        out=str(tmp_path / "cache"),
-        attend="document",
-        codec="topk:4",
-        max_length=96,
-        limit=20,
-        workers=0,
-    )
-    build(options)
+    given = {"attend": "document", "codec": "topk:4", "max_length": 96, "limit": 20}
+    cache = built(tiny_lm, text_corpus, tmp_path / "cache", **given)
     other = relabelled(tiny_lm, tmp_path / "other")
     result = evaluate(
-        EvaluateOptions((str(other), str(pieces_lm)), cache=options.out, teacher=str(tiny_lm))
+        EvaluateOptions((str(other), str(pieces_lm)), cache=cache, teacher=str(tiny_lm))
     )
     teacher, same, _ = result.models
     assert same.bits_per_byte == pytest.approx(teacher.bits_per_byte, rel=1e-5)

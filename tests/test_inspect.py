@@ -12,15 +12,13 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-from conftest import CLASSES
+from conftest import CLASSES, built
 from textbook import class_logits, lm_logits, logprobs_of, plain
 from transformers import AutoTokenizer
 
 from kdcache.cache import Cache
 from kdcache.cache import cache as cache_module
 from kdcache.cli.views import render_inspection
-from kdcache.commands.build.build import build
-from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.inspect import inspect
 from kdcache.commands.options import InspectOptions
 from kdcache.errors import UsageError
@@ -151,18 +149,9 @@ def many_shards(
     tiny_classifier: Path, labelled_corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Cache:
     """A classification cache of several shards. To be read only."""
+    given = {"task": "sequence-classification", "shard_tokens": 1024}
     out = tmp_path_factory.mktemp("many") / "cache"
-    build(
-        BuildOptions(
-            teacher=(str(tiny_classifier),),
-            corpus=(str(labelled_corpus),),
-            out=str(out),
-            task="sequence-classification",
-            shard_tokens=1024,
-            workers=0,
-        )
-    )
-    cache = Cache.open(str(out))
+    cache = Cache.open(built(tiny_classifier, labelled_corpus, out, **given))
     assert cache.spec.spans > 3
     return cache
 

@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import built
 from make_caches import CAUSAL, make_cache
 from transformers import AutoTokenizer
 
@@ -261,13 +262,9 @@ def test_axolotl_reads_what_is_written_for_it(
     tiny_lm: Path, text_corpus: Path, tmp_path: Path
 ) -> None:
     """Its layout is the one that import reads: the same rows, the same targets without a tail."""
-    options = BuildOptions(
-        teacher=(str(tiny_lm),), corpus=(str(text_corpus),), out=str(tmp_path / "cache"),
-        codec="topk:8", max_length=32, limit=40, workers=0, packing="concat", attend="document",
-    )  # fmt: skip
-    kdcache.build(options)
-    cache = Cache.open(options.out)
-    export(options.out, tmp_path / "out", layout="axolotl")
+    given = {"codec": "topk:8", "max_length": 32, "limit": 40, "attend": "document"}
+    cache = Cache.open(built(tiny_lm, text_corpus, tmp_path / "cache", **given))
+    export(cache.url, tmp_path / "out", layout="axolotl")
     for file in (tmp_path / "out").glob("*.parquet"):
         for row in pq.read_table(file).to_pylist():
             assert len({len(row[name]) for name in row}) == 1
