@@ -66,7 +66,7 @@ from kdcache.student.checkpoints import (
 )
 from kdcache.student.load import lost_of_encoder
 from kdcache.student.one_answer import OneAnswer, begin_at, little_learnt
-from kdcache.student.tokens import StudentInfo
+from kdcache.student.tokens import StudentInfo, label_config
 from kdcache.tasks import SEQUENCE_CLASSIFICATION, TASKS
 from kdcache.teacher import TeacherFiles, auto_class, quiet_transformers
 from kdcache.teacher.adapter import complete_adapter
@@ -326,16 +326,9 @@ def _counted(
 def _model(
     options: FinetuneOptions, files: TeacherFiles, names: tuple[str, ...], mean: float
 ) -> Any:
-    trust = options.trust_remote_code
-    outputs = names or ("LABEL_0",)  # as transformers names a score's
-    classes: dict[str, Any] = {
-        "id2label": dict(enumerate(outputs)),
-        "label2id": {name: i for i, name in enumerate(outputs)},
-        **({"problem_type": problem} if (problem := TASKS[options.task].problem) else {}),
-    }
-    over_ids = TASKS[options.task].over_ids
-    if over_ids:
-        classes = {}
+    trust, task = options.trust_remote_code, TASKS[options.task]
+    info = StudentInfo(options.task, 0, len(names) or 1, names or None)
+    classes = label_config(info) | ({"problem_type": task.problem} if task.problem else {})
     try:
         config = read_config(files.folder, trust_remote_code=trust, **classes)
         set_pad_id(config, files)
@@ -349,22 +342,22 @@ def _model(
                 use_safetensors=True,
                 trust_remote_code=trust,
                 # A head of other classes is replaced by a new one.
-                ignore_mismatched_sizes=not over_ids,
+                ignore_mismatched_sizes=not task.over_ids,
             )
     except (OSError, UnreadableError) as error:
         raise UsageError(
             f"{files.who} cannot be loaded as "
-            f"{'a ' + TASKS[options.task].noun if over_ids else 'an encoder'} (safetensors weights "
-            f"only): {reason_of(error)}."
+            f"{'a ' + task.noun if task.over_ids else 'an encoder'} (safetensors weights only): "
+            f"{reason_of(error)}."
         ) from error
     warn_of_left_out(files.who, model, found["unexpected_keys"])
-    if over_ids and found["missing_keys"]:
+    if task.over_ids and found["missing_keys"]:
         raise UsageError(
             f"{files.who} has no weights for {min(found['missing_keys'])}: it is not a "
-            f"{TASKS[options.task].noun}. Name another."
+            f"{task.noun}. Name another."
         )
     new = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
-    if not over_ids and (lost := lost_of_encoder(model, new)):
+    if not task.over_ids and (lost := lost_of_encoder(model, new)):
         raise UsageError(
             f"{files.who} has no weights of the right shape for {', '.join(lost[:3])}: "
             "its encoder would begin at random. Name another."
@@ -372,7 +365,7 @@ def _model(
     begin_at(model, mean if new else None)
     if options.adapter is not None:
         pad = getattr(config, "pad_token_id", None) or 0
-        info = StudentInfo(options.task, 0, len(outputs), names or None, pad)
+        info = dataclasses.replace(info, pad_id=pad)
         return with_lora(model, options.adapter, options.model, files, info, new)
     if options.head_width is None:
         return model
