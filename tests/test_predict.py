@@ -279,6 +279,14 @@ def test_sources_beyond_a_model_s_original_length_share_no_batch(model: Path) ->
     folder = species.save(model.parent / "sparse", AutoModelForSeq2SeqLM, tokenizer)
     options = PredictOptions(str(folder), ("-",), max_length=8)
     writer = Writer(options, SavedModel.find(str(folder)), "seq2seq-lm", "cpu")
-    texts = ["a b c " * 30, "a b c " * 20, "a b", "a"]
-    assert len(writer.write(texts)) == 4
-    assert list(writer._batches(range(4), writer._rows(texts)[0])) == [[0], [1], [2, 3]]
+    texts = ["a b c " * 30, "a b c " * 20, "a b", "a", "b"]
+    assert len(writer.write(texts)) == 5
+    assert writer._probe.batching == "padded"
+    rows, _ = writer._rows(texts)
+    for batching, want in (
+        ("padded", [[0], [1], [2, 3, 4]]),
+        ("equal lengths", [[0], [1], [2], [3, 4]]),
+        ("one by one", [[i] for i in range(5)]),
+    ):
+        writer._probe.batching = batching  # type: ignore[assignment]
+        assert list(writer._batches(range(5), rows)) == want
