@@ -245,6 +245,10 @@ class InferenceOptions(Options):
     )
     trust_remote_code: bool = option(False, help="let code that ships with a model run.")
 
+    def budget(self, device: str) -> int:
+        """Padded tokens of a batch on a device."""
+        return self.batch_tokens or (4096 if device == "cpu" else 32768)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LearningOptions(Options):

@@ -227,7 +227,7 @@ def _answerer(
 ) -> Callable[[list[Any]], Sequence[Answer]]:
     """The loaded model: inputs to answers, in their order."""
     device = pick_device(options.device)
-    most = options.batch_tokens or (4096 if device == "cpu" else 32768)
+    most = options.budget(device)
     if TASKS[task].source:
         most = options.batch_tokens or 2 * most
         return partial(Writer(options, saved, task, device).write, batch_tokens=most)

@@ -85,6 +85,7 @@ class _Evaluation:
     def __init__(self, options: EvaluateOptions) -> None:
         self.options = options
         self.device = pick_device(options.device)
+        self.budget = options.budget(self.device)  # tokens of a batch
         trust = options.trust_remote_code
         students = [SavedModel.find(name, trust_remote_code=trust) for name in options.student]
         teacher = None
@@ -149,12 +150,7 @@ class _Evaluation:
             self.why_no_bytes = str(error)
             return None
         same = [Sums() for _ in self.students]
-        return InBytes(reader, with_aligners(reader, others), self.rows.kind, self._budget, same)
-
-    @property
-    def _budget(self) -> int:
-        """Tokens of a batch."""
-        return self.options.batch_tokens or (4096 if self.device == "cpu" else 32768)
+        return InBytes(reader, with_aligners(reader, others), self.rows.kind, self.budget, same)
 
     def _batches(self, rows: list[Row], data: ShardData | None) -> Iterator[_Batch]:
         parts = documents_of(rows)
@@ -162,7 +158,7 @@ class _Evaluation:
         offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         # Log-probabilities of the labels: the teacher's, and of each student on these rows.
         self.logprobs = np.full((1 + len(self.students), offsets[-1]), np.nan)
-        for chosen in batches([part.sizes for part in parts], self._budget):
+        for chosen in batches([part.sizes for part in parts], self.budget):
             numbers = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in chosen])
             batch = _Batch([parts[i] for i in chosen], numbers)
             if data is not None:
