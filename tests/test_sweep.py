@@ -162,7 +162,7 @@ def test_changed_weights_below_one_name_are_another_student_of_sweep_and_train(h
     (before,) = Grid.read(path).runs
     assert (train(options).made, train(options).made) == (True, False)
     weights = load_file("own/model.safetensors")
-    weights["lm_head.weight"][0, 0] += 1
+    weights["model.embed_tokens.weight"][0, 0] += 1
     save_file(weights, "own/model.safetensors", {"format": "pt"})
     (after,) = Grid.read(path).runs
     assert before.key != after.key
