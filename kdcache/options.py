@@ -48,6 +48,7 @@ _TYPES: dict[type, tuple[type, str]] = {
     str: (str, "a text"),
 }
 _KEY = "kdcache.option"
+_KNOWN: dict[type, tuple[Option, ...]] = {}  # of each class that was asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,6 @@ class Option(Declared):
 
     Attributes:
         types: that one value may have in Python; empty where any.
-        nullable: whether None is a value.
         choices: the words that are allowed; empty where all are.
         several: whether its value is a tuple.
         default: `dataclasses.MISSING` where it is required.
@@ -409,9 +409,6 @@ def pairs_of(values: Mapping[str, Any]) -> tuple[Named, ...]:
     """Values with their names; a list stands for several values of one name."""
     listed = {k: v if isinstance(v, (list, tuple)) else [v] for k, v in values.items()}
     return tuple(Named(str(name), one) for name, several in listed.items() for one in several)
-
-
-_KNOWN: dict[type, tuple[Option, ...]] = {}
 
 
 def options_of(kind: type[Any]) -> tuple[Option, ...]:
