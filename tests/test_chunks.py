@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -104,39 +105,32 @@ def test_the_loss_is_its_definition(seed: int, n: int, kind: str, tau: float, al
 
 @settings(max_examples=40, deadline=None)
 @given(
-    seed=st.integers(0, 10**6),
-    n=st.integers(0, 40),
-    kind=st.sampled_from(["likelihood", "topk", "sample"]),
-    tau=st.sampled_from(TAUS),
-    rows=st.sampled_from([1, 7, 1000]),
-    cap=st.sampled_from([None, 3.0]),
-    padding=st.sampled_from([0, 3]),
-    listed=st.booleans(),
+    st.builds(
+        SimpleNamespace,
+        seed=st.integers(0, 10**6),
+        n=st.integers(0, 40),
+        kind=st.sampled_from(["likelihood", "topk", "sample"]),
+        tau=st.sampled_from(TAUS),
+        rows=st.sampled_from([1, 7, 1000]),
+        cap=st.sampled_from([None, 3.0]),
+        padding=st.sampled_from([0, 3]),
+        listed=st.booleans(),
+    )
 )
-def test_the_fused_loss_is_the_reference(
-    seed: int,
-    n: int,
-    kind: str,
-    tau: float,
-    rows: int,
-    cap: float | None,
-    padding: int,
-    listed: bool,
-) -> None:
-    torch.manual_seed(seed)
+def test_the_fused_loss_is_the_reference(case: Any) -> None:
+    torch.manual_seed(case.seed)
     v, h = 9, 6
-    targets = some_targets(seed, n, v, tau, kind)
+    targets = some_targets(case.seed, case.n, v, case.tau, case.kind)
     options = {"dtype": torch.float64, "requires_grad": True}
-    hidden, weight = torch.randn(n, h, **options), torch.randn(v + padding, h, **options)
-    bias = torch.randn(v + padding, **options)
-    labels = torch.randint(0, v, (n,))
-    given_ = {"alpha": 0.3, "count": 11.0, "vocab_size": v}
-    z = soft_capped(hidden @ weight.T + bias, cap)
+    sizes = (case.n, h), (v + case.padding, h), (v + case.padding,)
+    hidden, weight, bias = (torch.randn(size, **options) for size in sizes)
+    labels = torch.randint(0, v, (case.n,))
+    given_: dict[str, Any] = {"alpha": 0.3, "count": 11.0, "vocab_size": v}
+    z = soft_capped(hidden @ weight.T + bias, case.cap)
     want = chunk_loss(z, labels, targets, **given_)
-    with way(listed):
-        got = fused_linear_distillation(
-            hidden, weight, bias, labels, targets, cap=cap, rows=rows, **given_
-        )
+    given_ |= {"cap": case.cap, "rows": case.rows}
+    with way(case.listed):
+        got = fused_linear_distillation(hidden, weight, bias, labels, targets, **given_)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     for a, b in zip(

@@ -146,15 +146,6 @@ def test_a_batch_holds_levels_and_the_loss_is_that_of_their_numbers() -> None:
             assert torch.equal(mine, theirs)
 
 
-def test_bits_of_bfloat16_teachers_are_kept() -> None:
-    states = states_of(20).bfloat16()
-    layer = layer_of(states.float(), dtype=torch.bfloat16)
-    for dtype in ("float16", "bfloat16"):  # float16 has more digits than these have
-        found = stored(states, layer, dtype).at(1.0)
-        assert isinstance(found, HiddenTargets)
-        torch.testing.assert_close(found.states.float(), states.float(), rtol=0, atol=2**-24)
-
-
 def test_an_outlier_costs_its_own_block_alone() -> None:
     states = states_of(40, 96)
     layer = layer_of(states)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_tiny_lm
+from launched import free_port, torchrun
+from loaded import Program
 from trainer_contract import ALPHA, STEPS, Log, build, check, steps_of
 from transformers import (
     AutoModelForCausalLM,
@@ -166,6 +166,7 @@ def test_an_anchor_and_its_caches_are_kept(
 _SCRIPT = """
 import json, sys
 from pathlib import Path
+sys.path.insert(0, sys.argv.pop(1))
 from test_integrations import log_of, trainer_of
 
 student, out, rows, cache = sys.argv[1:]
@@ -183,17 +184,15 @@ def test_two_processes_take_the_steps_of_one(
 ) -> None:
     whole = log_of(trainer_of(student, tmp_path, rows, cache))
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    (tmp_path / "work.py").write_text(_SCRIPT)
-    given = (student, tmp_path / "out", tmp_path / "rows.json", cache)
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", str(tmp_path / "work.py"), *map(str, given)),
-        ],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
-        check=True,
-        timeout=300,
-    )
+    here, port = Path(__file__).parent, free_port()
+    given = map(str, (here, student, tmp_path / "out", tmp_path / "rows.json", cache))
+    words = ("python", "-c", _SCRIPT, *given)
+    programs = [
+        Program(*words, environment=os.environ | torchrun(rank, 2, port)) for rank in range(2)
+    ]
+    for program in programs:
+        said = program.communicate()
+        assert program.returncode == 0, said
     found = json.loads((tmp_path / "out" / "log.json").read_text())
     for name in ("loss", "grad_norm", "hard_loss", "soft_loss"):
         assert [line[name] for line in found] == pytest.approx(

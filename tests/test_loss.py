@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +22,15 @@ from kdcache.loss import (
     sliced_linear_distillation,
 )
 from kdcache.targets import DenseTargets, SparseTargets, Targets
+from kdcache.targets.decoded import no_targets
 
 TEMPERATURES = (1.0, 2.0, 4.0)
 KINDS = ("dense", "bucket", "renormalize", "sample")
+CPU = torch.device("cpu")
+
+
+def tail_of(kind: str) -> str:
+    return "renormalize" if kind == "renormalize" else "bucket"
 
 
 def plain_softmax(row: list[Tensor]) -> list[Tensor]:
@@ -125,7 +132,7 @@ def make_case(
         "targets": targets,
         "options": {
             "alpha": 0.3,
-            "tail": "renormalize" if kind == "renormalize" else "bucket",
+            "tail": tail_of(kind),
             "vocab_size": v,
             "count": 5.0,
             "position_weights": torch.rand(n, dtype=torch.float64) + 0.5,
@@ -218,63 +225,48 @@ def test_high_temperature_keeps_the_gradients_scale() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    n=st.integers(1, 9),
-    h=st.integers(1, 6),
-    v=st.integers(2, 40),
-    k=st.integers(1, 12),
-    padding=st.integers(0, 5),
-    rows=st.integers(1, 10),
-    t=st.sampled_from([1.0, 1.5, 3.0]),
-    kind=st.sampled_from(KINDS),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    bias=st.booleans(),
-    cap=st.sampled_from([None, 0.5, 3.0, 30.0]),
-    alpha=st.floats(0, 1),
-    seed=st.integers(0, 2**31),
+    st.builds(
+        SimpleNamespace,
+        n=st.integers(1, 9),
+        h=st.integers(1, 6),
+        v=st.integers(2, 40),
+        k=st.integers(1, 12),
+        padding=st.integers(0, 5),
+        rows=st.integers(1, 10),
+        t=st.sampled_from([1.0, 1.5, 3.0]),
+        kind=st.sampled_from(KINDS),
+        dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+        bias=st.booleans(),
+        cap=st.sampled_from([None, 0.5, 3.0, 30.0]),
+        alpha=st.floats(0, 1),
+        seed=st.integers(0, 2**31),
+    )
 )
-def test_fused_equals_the_reference_on_the_same_numbers(
-    n: int,
-    h: int,
-    v: int,
-    k: int,
-    padding: int,
-    rows: int,
-    t: float,
-    kind: str,
-    dtype: torch.dtype,
-    bias: bool,
-    cap: float | None,
-    alpha: float,
-    seed: int,
-) -> None:
-    torch.manual_seed(seed)
-    hidden = torch.randn(n, h).to(dtype).requires_grad_()
-    weight = torch.randn(v + padding, h).to(dtype).requires_grad_()
-    b = torch.randn(v + padding).to(dtype).requires_grad_() if bias else None
-    labels = torch.randint(-1, v, (n,))
+def test_fused_equals_the_reference_on_the_same_numbers(case: Any) -> None:
+    torch.manual_seed(case.seed)
+    width = case.v + case.padding
+    shapes = (case.n, case.h), (width, case.h), (width,)
+    inputs = [torch.randn(s).to(case.dtype).requires_grad_() for s in shapes[: 2 + case.bias]]
+    labels = torch.randint(-1, case.v, (case.n,))
     labels[labels < 0] = -100
-    targets = make_targets(kind, n, v, k, t, torch.float32)
-    options: dict[str, Any] = {
-        "alpha": alpha,
-        "tail": "renormalize" if kind == "renormalize" else "bucket",
-        "vocab_size": v,
-    }
-    inputs = [x for x in (hidden, weight, b) if x is not None]
+    targets = make_targets(case.kind, case.n, case.v, case.k, case.t, torch.float32)
+    options = {"alpha": case.alpha, "tail": tail_of(case.kind), "vocab_size": case.v}
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    z = exact[0] @ exact[1].T + (exact[2] if bias else 0)
-    z = z if cap is None else cap * torch.tanh(z / cap)
+    z = exact[0] @ exact[1].T + (exact[2] if case.bias else 0)
+    z = z if case.cap is None else case.cap * torch.tanh(z / case.cap)
     want = distillation_loss(z, labels, targets, **options)
-    options |= {"cap": cap, "rows": rows}
-    got = fused_linear_distillation(hidden, weight, b, labels, targets, **options)
+    options |= {"cap": case.cap, "rows": case.rows}
+    bias = inputs[2] if case.bias else None
+    got = fused_linear_distillation(*inputs[:2], bias, labels, targets, **options)
     # The compute dtype rounds the logits (relative 2^-8 for bfloat16, of numbers up to about 10)
     # and the gradients.
-    loose = {torch.float32: 2e-5, torch.bfloat16: 0.15, torch.float16: 0.02}[dtype]
+    loose = {torch.float32: 2e-5, torch.bfloat16: 0.15, torch.float16: 0.02}[case.dtype]
     for g, w in zip(got, want, strict=True):
         assert g.dtype == torch.float32
         torch.testing.assert_close(g.double(), w, rtol=loose, atol=loose)
     want_grads = torch.autograd.grad(want.total, exact)
     for g, w in zip(torch.autograd.grad(got.total, inputs), want_grads, strict=True):
-        assert g.dtype == dtype
+        assert g.dtype == case.dtype
         torch.testing.assert_close(
             g.double(), w, rtol=loose, atol=loose * max(w.abs().max().item(), 0.1)
         )
@@ -290,10 +282,7 @@ def test_what_all_logits_have_in_common_costs_no_precision(form: str, kind: str,
     targets, labels = make_targets(kind, 6, 12, 4, t, torch.float32), torch.arange(6)
     if isinstance(targets, DenseTargets):
         targets = DenseTargets(targets.logits - 1e4, t)
-    options: dict[str, Any] = {
-        "alpha": 0.3,
-        "tail": "renormalize" if kind == "renormalize" else "bucket",
-    }
+    options: dict[str, Any] = {"alpha": 0.3, "tail": tail_of(kind)}
     want = distillation_loss(exact, labels, targets, **options)
     got = loss_of(form, [z, torch.eye(12), None], labels, targets, 4, **options)
     for g, w in zip(got, want, strict=True):
@@ -311,14 +300,8 @@ def test_entries_of_a_confident_student_are_not_rounded_away() -> None:
     z = (hidden.detach() @ weight.T).double()
     p = z.softmax(-1)
     assert p[0, 0].to(torch.bfloat16) == 1
-    empty = SparseTargets(
-        ids=torch.zeros(1, 0, dtype=torch.int64),
-        weights=torch.zeros(1, 0),
-        tail=torch.zeros(1),
-        exact=False,
-        temperature=1.0,
-    )
-    got = fused_linear_distillation(hidden, weight, None, torch.tensor([0]), empty, alpha=1.0)
+    labels = torch.tensor([0])
+    got = fused_linear_distillation(hidden, weight, None, labels, no_targets(1, CPU), alpha=1.0)
     want = (p - torch.tensor([[1.0, 0.0]], dtype=torch.float64)) @ weight.double()
     torch.testing.assert_close(
         torch.autograd.grad(got.total, hidden)[0].double(), want, rtol=0.02, atol=0
@@ -328,14 +311,8 @@ def test_entries_of_a_confident_student_are_not_rounded_away() -> None:
 def test_tail_of_a_confident_student_is_not_lost_in_a_difference() -> None:
     """The student leaves 4e-12 for the tail: 1 - p would be 0 in float32, its log infinite."""
     z = torch.tensor([[30.0, 1.0, 2.0, 3.0]])
-    targets = SparseTargets(
-        ids=torch.tensor([[0]]),
-        weights=torch.tensor([[0.75]]),
-        tail=torch.tensor([0.25]),
-        exact=True,
-        temperature=1.0,
-    )
-    labels = torch.tensor([-100])
+    kept = torch.tensor([[0]]), torch.tensor([[0.75]]), torch.tensor([0.25])
+    targets, labels = SparseTargets(*kept, exact=True, temperature=1.0), torch.tensor([-100])
     want = distillation_loss(z.double(), labels, targets, alpha=0.0).total
     hidden = z.clone().requires_grad_()
     for got in (
@@ -399,17 +376,10 @@ def test_only_the_gradients_asked_for(wanted: tuple[bool, ...]) -> None:
         case[k].detach().requires_grad_(w)
         for k, w in zip(("hidden", "weight", "bias"), wanted, strict=True)
     ]
-    full = fused_linear_distillation(
-        case["hidden"],
-        case["weight"],
-        case["bias"],
-        case["labels"],
-        case["targets"],
-        **case["options"],
-    )
-    parts = fused_linear_distillation(
-        inputs[0], inputs[1], inputs[2], case["labels"], case["targets"], **case["options"]
-    )
+    whole = [case[k] for k in ("hidden", "weight", "bias")]
+    given = case["labels"], case["targets"], 4
+    full = loss_of("fused", whole, *given, **case["options"])
+    parts = loss_of("fused", inputs, *given, **case["options"])
     torch.testing.assert_close(parts.total, full.total)
     assert parts.total.requires_grad == any(wanted)
     assert not parts.hard.requires_grad
@@ -421,14 +391,7 @@ def test_only_the_gradients_asked_for(wanted: tuple[bool, ...]) -> None:
         if w:
             torch.testing.assert_close(x.grad, case[key].grad)
     with torch.no_grad():
-        quiet = fused_linear_distillation(
-            case["hidden"],
-            case["weight"],
-            case["bias"],
-            case["labels"],
-            case["targets"],
-            **case["options"],
-        )
+        quiet = loss_of("fused", whole, *given, **case["options"])
     assert not quiet.total.requires_grad
     torch.testing.assert_close(quiet.total, full.total)
 
@@ -438,13 +401,10 @@ def test_autocast_computes_in_low_precision_and_returns_float32_gradients() -> N
     case = make_case("sample", 1.0, n=32, h=16, v=50, k=8)
     inputs = [case[k].detach().float().requires_grad_() for k in ("hidden", "weight", "bias")]
     options: dict[str, Any] = case["options"] | {"count": None, "position_weights": None}
+    given = inputs, case["labels"], case["targets"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = fused_linear_distillation(
-            inputs[0], inputs[1], inputs[2], case["labels"], case["targets"], rows=5, **options
-        )
-    want = fused_linear_distillation(
-        inputs[0], inputs[1], inputs[2], case["labels"], case["targets"], **options
-    )
+        got = loss_of("fused", *given, 5, **options)
+    want = loss_of("fused", *given, 32, **options)
     assert got.total != want.total
     torch.testing.assert_close(got.total, want.total, rtol=0.02, atol=0.02)
     for g, w in zip(
@@ -477,30 +437,15 @@ def test_low_precision_weight_gradient_does_not_lose_late_slices() -> None:
     """1,024 equal slices: a running sum in bfloat16 would stop growing at 2^8 times one slice."""
     hidden = torch.ones(1024, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
-    empty = SparseTargets(
-        ids=torch.zeros(1024, 0, dtype=torch.int64),
-        weights=torch.zeros(1024, 0),
-        tail=torch.zeros(1024),
-        exact=False,
-        temperature=1.0,
-    )
-    parts = fused_linear_distillation(
-        hidden,
-        weight,
-        None,
-        torch.zeros(1024, dtype=torch.int64),
-        empty,
-        alpha=1.0,
-        rows=1,
-        count=1.0,
-    )
+    labels, empty = torch.zeros(1024, dtype=torch.int64), no_targets(1024, CPU)
+    parts = loss_of("fused", [hidden, weight, None], labels, empty, 1, alpha=1.0, count=1.0)
     assert torch.autograd.grad(parts.total, weight)[0].tolist() == [[-512.0], [512.0]]
 
 
 def test_a_slice_on_a_cpu_is_small_against_the_weight() -> None:
-    cpu, rows = torch.device("cpu"), {}
+    rows = {}
     for width, size in ((49_152, 576), (128_256, 576), (128_256, 1024), (128_256, 8192)):
-        rows[width, size] = passes.slice_rows(10**6, width, size, cpu, None)
+        rows[width, size] = passes.slice_rows(10**6, width, size, CPU, None)
     assert list(rows.values()) == [341, 144, 256, 1024]
     assert all(n * width <= max(2**24, width * size / 4) for (width, size), n in rows.items())
 
@@ -520,61 +465,12 @@ def test_an_infinite_count_is_weight_zero() -> None:
 def test_an_empty_batch_is_zero_and_connected(form: str) -> None:
     hidden = torch.zeros(0, 3, requires_grad=True)
     weight = torch.randn(6, 3, requires_grad=True)
-    targets = SparseTargets(
-        ids=torch.zeros(0, 2, dtype=torch.int64),
-        weights=torch.zeros(0, 2),
-        tail=torch.zeros(0),
-        exact=True,
-        temperature=2.0,
-    )
-    labels = torch.zeros(0, dtype=torch.int64)
+    targets, labels = make_targets("bucket", 7, 6, 2, 2.0)[:0], torch.zeros(0, dtype=torch.int64)
     parts = loss_of(form, [hidden, weight, None], labels, targets, 4, alpha=0.5)
     parts.total.backward()
     assert parts.total == 0
     assert weight.grad is not None
     assert (weight.grad == 0).all()
-
-
-@pytest.mark.slow
-def test_compiled_pass_equals_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One source for both; here the compiler's front end runs it (the back end is the GPU's)."""
-    torch.manual_seed(11)
-    seen: list[Any] = []
-
-    def compiler(function: Any) -> Any:
-        seen.append(function)
-        return torch._dynamo.optimize("eager")(function)
-
-    monkeypatch.setattr(torch, "compile", compiler)
-    passes.compiled.cache_clear()
-    try:
-        for kind in ("dense", "bucket"):
-            case = make_case(kind, 2.0)
-            zs, results = [], []
-            eager = passes.dense_pass if kind == "dense" else passes.sparse_pass
-            for function in (eager, passes.compiled(eager)):
-                z = (case["hidden"] @ case["weight"][:12].T).detach()
-                arguments = fused_arguments(case, z)
-                results.append(function(z, *arguments))
-                zs.append(z)
-            torch.testing.assert_close(results[0], results[1])
-            torch.testing.assert_close(zs[0], zs[1])
-    finally:
-        passes.compiled.cache_clear()
-    assert len(seen) == 2
-
-
-def fused_arguments(case: dict[str, Any], z: Tensor) -> tuple[Any, ...]:
-    labels = case["labels"].clamp_min(0)[:, None]
-    each = torch.ones(len(z), dtype=torch.float64)
-    scalars = (torch.tensor(0.3).double(), torch.tensor(0.5).double(), False, True)
-    targets = case["targets"]
-    if isinstance(targets, DenseTargets):
-        return (z.gather(1, labels), targets.logits, labels, each, each, *scalars)
-    ids = torch.cat([targets.ids, labels], 1)
-    x = z.gather(1, ids)
-    z.scatter_(1, ids, -torch.inf)
-    return (x, ids, targets.weights, targets.tail, each, each, *scalars)
 
 
 ONE_ID = (torch.tensor([[0]]), torch.ones(1, 1), torch.zeros(1))
@@ -601,26 +497,13 @@ SAMPLE = SparseTargets(*ONE_ID, exact=False, temperature=1.0)
 def test_combinations_without_a_meaning(
     targets: Targets, options: dict[str, Any], message: str, form: str
 ) -> None:
-    linear = fused_linear_distillation if form == "fused" else sliced_linear_distillation
-    labels, more = torch.tensor([0]), {"alpha": 0.5, **options}
+    inputs = [torch.zeros(1, 2), torch.zeros(3, 2), None]
+    given = torch.tensor([0]), targets, 4
     with pytest.raises(UsageError, match=message):
-        if form == "reference":
-            distillation_loss(torch.zeros(1, 3), labels, targets, **more)
-        else:
-            linear(torch.zeros(1, 2), torch.zeros(3, 2), None, labels, targets, **more)
-
-
-def test_the_fused_form_names_its_alternative() -> None:
-    with pytest.raises(UsageError, match="sliced_linear_distillation"):
-        fused_linear_distillation(
-            torch.zeros(1, 2),
-            torch.zeros(3, 2),
-            None,
-            torch.tensor([0]),
-            SPARSE,
-            alpha=0.5,
-            divergence="jsd",
-        )
+        loss_of(form, inputs, *given, **{"alpha": 0.5, **options})
+    if form == "fused":
+        with pytest.raises(UsageError, match="use sliced_linear_distillation"):
+            loss_of(form, inputs, given[0], SPARSE, 4, alpha=0.5, divergence="jsd")
 
 
 @pytest.mark.gpu
@@ -637,11 +520,7 @@ def test_on_a_gpu(t: float, kind: str, dtype: torch.dtype) -> None:
     )
     labels = torch.randint(0, v, (n,), device="cuda")
     targets = make_targets(kind, n, v, k, t, torch.float32).to("cuda")
-    options: dict[str, Any] = {
-        "alpha": 0.3,
-        "vocab_size": v,
-        "tail": "renormalize" if kind == "renormalize" else "bucket",
-    }
+    options: dict[str, Any] = {"alpha": 0.3, "vocab_size": v, "tail": tail_of(kind)}
     inputs = [x.requires_grad_() for x in (hidden, weight)]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     cap = None if t == 1 else 3.0

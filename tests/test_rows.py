@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,10 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from loaded import Program
 from transformers import AutoTokenizer
 
-from kdcache.corpus import Corpus, FileColumns, Record
+from kdcache.corpus import FileColumns, Record
 from kdcache.errors import UsageError
 from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.rows.batches import pad_rows, padded
@@ -191,15 +188,6 @@ class TestChat:
         (last,) = np.nonzero(row.labels != IGNORE)
         assert row.labels[last[-1]] == chat.eos_token_id
 
-    def test_both_ways_agree(self, chat: Any) -> None:
-        plain = encode(chat, [{"messages": list(self.messages)}] * 3, max_length=20)
-        chat.chat_template = template("chatml-marked")
-        marked = encode(chat, [{"messages": list(self.messages)}] * 3, max_length=20)
-        assert len(plain) == len(marked) > 1
-        for a, b in zip(plain, marked, strict=True):
-            assert a.labels.tolist() == b.labels.tolist()
-            assert a.input_ids.tolist() == b.input_ids.tolist()
-
     def test_conversations_without_an_answer_are_counted(self, chat: Any) -> None:
         for name in ("chatml", "chatml-marked"):
             chat.chat_template = template(name)
@@ -212,17 +200,6 @@ class TestChat:
         chat.chat_template = LAST_ONLY
         (row,) = encode(chat, [{"messages": list(self.messages)}])
         assert chat.decode(row.input_ids) + learnt(chat, [row])[-1] == "No."
-
-    def test_thoughts_that_a_template_forgets(self, chat: Any) -> None:
-        chat.chat_template = template("forgets-thoughts")
-        messages = [dict(message) for message in self.messages]
-        messages[2]["content"] = "<think>Hm.</think>A cat."
-        messages[4]["content"] = "<think>Ah.</think>No."
-        (row,) = encode(chat, [{"messages": messages}])
-        eos = chat.eos_token
-        assert learnt(chat, [row]) == f"A cat.{eos}<think>Ah.</think>No.{eos}"
-        (row,) = encode(chat, [{"messages": messages}], reasoning="read")
-        assert learnt(chat, [row]) == f"A cat.{eos}No.{eos}"
 
     def test_no_template(self, llama: Any) -> None:
         with pytest.raises(UsageError, match=r"no chat template.*--record-form text"):
@@ -439,20 +416,6 @@ class TestClassification:
         with pytest.raises(UsageError, match=r"adds 3 tokens.*--max-length to 5"):
             classify(bert, [], max_length=4, pair_column="other")
 
-    def test_a_folder_of_tables_without_a_header(self, bert: Any, tmp_path: Path) -> None:
-        lines = [f"film number {i} is {('bad', 'good')[i % 2]}\t{i % 2}\n" for i in range(900)]
-        for name, part in (("train", lines[:600]), ("dev", lines[600:700]), ("test", lines[700:])):
-            (tmp_path / f"{name}.tsv").write_text("".join(part))
-        corpus = Corpus.open(
-            [str(tmp_path)], span_bytes=4_000, columns=["text", "label"], split="all"
-        )
-        assert len(corpus.spans) > 5
-        spec = RowSpec("sequence-classification", label_names=self.names, max_length=128)
-        encoder = make_encoder(spec, bert)
-        rows = [row for span in corpus.spans for row in encoder.encode(Corpus.read(span))]
-        assert sorted(f"{row.text}\t{row.labels[0]}\n" for row in rows) == sorted(lines)
-        assert encoder.skipped == encoder.empty == 0
-
 
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -480,38 +443,6 @@ def test_places_with_a_soft_target() -> None:
     assert row.positions("causal-lm").tolist() == [0, 2]
     unlabelled = Row(ids, np.array([IGNORE], np.int32))
     assert unlabelled.positions("sequence-classification").tolist() == [0]
-
-
-def test_rows_do_not_depend_on_the_run(llama: Any, corpus_texts: list[str], tmp_path: Path) -> None:
-    path = tmp_path / "texts.jsonl.gz"
-    with gzip.open(path, "wt") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in corpus_texts)
-    corpus = Corpus.open([str(path)], span_bytes=1 << 14, limit=200)
-    assert len(corpus.spans) > 1
-    spec = RowSpec("causal-lm", max_length=128)
-    first, second = (
-        [
-            row
-            for span in corpus.spans
-            for row in make_encoder(spec, llama).encode(Corpus.read(span))
-        ]
-        for _ in range(2)
-    )
-    assert len(first) > 100
-    for a, b in zip(first, second, strict=True):
-        assert (a.input_ids == b.input_ids).all()
-        assert (a.labels == b.labels).all()
-
-
-def test_the_tokenizers_are_what_their_script_makes(tmp_path: Path) -> None:
-    program = Program("python", str(TOKENIZERS / "make.py"), str(tmp_path))
-    said = program.communicate()
-    assert program.returncode == 0, said
-    for name in ("bytes", "pieces", "wordpiece"):
-        kept, made = (AutoTokenizer.from_pretrained(f / name) for f in (TOKENIZERS, tmp_path))
-        assert kept.get_vocab() == made.get_vocab()
-        text = "Once upon a time, a FILM \N{SNOWMAN}"
-        assert kept(text, text)["input_ids"] == made(text, text)["input_ids"]
 
 
 @given(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,21 +11,12 @@ from conftest import further
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from unbiased import excess
+from unbiased import excess, packed
 
-from kdcache.targets import position_uniform
-from kdcache.targets.device import (
-    BLOCK,
-    Rule,
-    blocked_sample,
-    largest,
-    open_blocks,
-    read_blocks,
-    reference_sample,
-    sample_entries,
-    split,
-    top_entries,
-)
+from kdcache.targets import Sample, position_uniform
+from kdcache.targets.device import Rule, sample_entries, top_entries
+from kdcache.targets.device.blocks import BLOCK, largest, open_blocks, read_blocks
+from kdcache.targets.device.threshold import blocked_sample, reference_sample, split
 
 
 def logits_like_a_teacher(n: int, vocabulary: int, seed: int = 0, scale: float = 3.0) -> Tensor:
@@ -266,57 +259,37 @@ def test_the_best_are_different_ids_where_fewer_are_finite(k: int, vocabulary: i
     ).all()
 
 
-def test_sure_teacher_costs_one_entry() -> None:
-    z = torch.zeros(10, 5000)
-    z[:, 77] = 60
-    out = sample_entries(z, uniforms(10), rule(20))
-    assert out["heads"].tolist() == [1] * 10
-    assert out["draws"].tolist() == [0] * 10
-    assert out["ids"][:, 0].tolist() == [77] * 10
-
-
 # ---------------------------------------------------------------------------------------- unbiased
 
 
-@pytest.mark.parametrize(
-    ("run", "draws"),
-    [
-        (reference_sample, 6),
-        (blocked_sample, 6),
-        *further((reference_sample, 17), (blocked_sample, 1)),
-    ],
-)
-@pytest.mark.parametrize("means", [False, True])
-def test_mean_of_many_draws_is_the_distribution(run: object, draws: int, means: bool) -> None:
-    """Of one teacher, and of a mean of several, whose temperatures have logits of their own."""
-    if means and run is blocked_sample:
-        pytest.skip("a mean of teachers takes the direct way")
-    assert callable(run)
-    n, ts = 20_000, (1.0, 2.0)
+@pytest.mark.parametrize("run", [blocked_sample, *further(reference_sample)])
+@pytest.mark.parametrize("draws", [6, *further(1, 17)])
+def test_mean_of_many_draws_is_the_distribution(run: Any, draws: int) -> None:
+    check_unbiased(run, draws, teacher_row())
+
+
+def test_mean_of_many_draws_is_that_of_several_teachers() -> None:
+    """Whose temperatures have logits of their own."""
+    other = logits_like_a_teacher(1, 300, seed=4, scale=1.0)
+    check_unbiased(reference_sample, 6, torch.stack([teacher_row(), teacher_row() + other], 1))
+
+
+def teacher_row() -> Tensor:
     row = logits_like_a_teacher(1, 300, seed=3)
     row[:, :2] += torch.tensor([2.0, 1.0])
-    if means:
-        row = torch.stack([row, row + logits_like_a_teacher(1, 300, seed=4, scale=1.0)], 1)
-    constants = rule(draws, ts)
-    parts = []
-    for a in range(0, n, 2000):
-        u = torch.from_numpy(position_uniform(1, 2, np.arange(a, a + 2000), 0))
-        out = run(row.expand(2000, *row.shape[1:]), u, constants)
-        slot = torch.arange(out["ids"].shape[1])
-        head = slot < out["heads"][:, None]
-        tail = ~head & (slot < (out["heads"] + out["draws"])[:, None])
-        values = out["values"].double()
-        units = len(ts) * constants.units - (values * head[..., None]).sum((1, 2))
-        size = units / (out["draws"].clamp_min(1) * constants.units)
-        weights = values * (
-            head / constants.units + tail * size[:, None] / constants.share_units
-        ).unsqueeze(-1)
-        dense = torch.zeros(2000, 300, 2, dtype=torch.float64)
-        parts.append(dense.scatter_add(1, out["ids"].long()[..., None].expand(-1, -1, 2), weights))
-    drawn = torch.cat(parts)
-    for i, t in enumerate(ts):
-        own = row[0, i] if means else row[0]
-        assert excess(drawn[..., i], torch.softmax(own.double() / t, -1)) < 4
+    return row
+
+
+def check_unbiased(run: Any, draws: int, row: Tensor) -> None:
+    n, codec = 20_000, Sample(300, (1.0, 2.0), draws)
+    u = torch.from_numpy(position_uniform(1, 2, np.arange(n), 0))
+    stored = packed(run, codec, row, u)
+    each = row.unbind(1) if row.ndim == 3 else (row, row)
+    for t, own in zip(codec.temperatures, each, strict=True):
+        targets = stored.at(t)
+        weights = torch.zeros(n, 300, dtype=torch.float64)
+        weights.scatter_add_(1, targets.ids, targets.weights.double())
+        assert excess(weights, torch.softmax(own[0].double() / t, -1)) < 4
 
 
 def test_ids_that_a_cold_temperature_nearly_excludes_are_right_on_average() -> None:
@@ -360,20 +333,6 @@ def test_the_check_of_bias_can_fail() -> None:
 
 
 # -------------------------------------------------------------------------------------------- cuda
-
-
-@pytest.mark.parametrize(
-    ("vocabulary", "temperatures"), [(9001, (1.0, 1.5)), *further((300, (1.0,)))]
-)
-@pytest.mark.slow
-def test_the_whole_of_it_is_one_graph(vocabulary: int, temperatures: tuple[float, ...]) -> None:
-    # Nothing asks the host: `fullgraph` raises at such a place.
-    z, u, constants = logits_like_a_teacher(8, vocabulary), uniforms(8), rule(4, temperatures)
-    run = blocked_sample if vocabulary > 4000 else reference_sample
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    got, want = compiled(z, u, constants), run(z, u, constants)
-    for name, value in want.items():
-        assert torch.equal(got[name], value), name
 
 
 @pytest.mark.gpu

@@ -17,7 +17,6 @@ from kdcache.errors import UsageError
 from kdcache.targets import (
     Codec,
     Dense,
-    DenseTargets,
     Sample,
     SoftTargets,
     SparseTargets,
@@ -57,26 +56,7 @@ def test_senseless_vocabulary_is_refused() -> None:
     assert Codec.parse("dense", [1], 1).vocab_size == 1  # a score
 
 
-def test_dense_takes_any_positive_temperature() -> None:
-    codec = Codec.parse("dense", [1], 30)
-    codec.check_temperature(3.7)
-    with pytest.raises(UsageError):
-        codec.check_temperature(0)
-
-
 # ------------------------------------------------------------------------------------------- dense
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dense_is_exact(dtype: torch.dtype) -> None:
-    z = make_logits(6, 40).to(dtype)
-    targets = make(Dense(40), z).at(2.0)
-    assert isinstance(targets, DenseTargets)
-    assert targets.logits.dtype == torch.float32
-    assert torch.equal(targets.logits, z.float())
-    half = make(Dense(40, dtype="float16"), z).at(1.0)
-    assert isinstance(half, DenseTargets)
-    torch.testing.assert_close(half.logits, z.float(), rtol=2**-10, atol=1e-6)
 
 
 def test_dense_float16_refuses_what_it_cannot_hold() -> None:

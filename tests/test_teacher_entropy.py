@@ -26,7 +26,7 @@ from kdcache.stream import TargetDataset, TargetStream
 from kdcache.student import DistilledStudent
 from kdcache.targets.device import of_positions
 from kdcache.targets.device import run as device_run
-from kdcache.targets.label_logprob import decode_entropies, encode_entropies, encode_logprobs
+from kdcache.targets.label_logprob import decode_entropies, encode_entropies
 
 
 def bound(entropies: np.ndarray) -> np.ndarray:
@@ -174,12 +174,3 @@ def test_a_begun_cache_without_it_goes_on_without(
     assert both[0].entropy is None
     assert both[len(both) - 1].entropy is None
     assert json.loads((out / "spec.json").read_text())["spec"].get("entropy") is None
-
-
-def test_logprobs_are_rounded_as_they_were() -> None:
-    """The rounding that entropies share changed no code."""
-    x = -np.random.default_rng(5).exponential(4, 1000)
-    u = np.random.default_rng(6).random(1000)
-    below = np.floor(np.sqrt(-x * 8192))
-    share = (-x * 8192 - below**2) / (2 * below + 1)
-    assert encode_logprobs(x, u).tolist() == (below + (u < share)).tolist()

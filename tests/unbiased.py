@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from kdcache.targets import Sample, SoftTargets
+
+
+def packed(run: Any, codec: Sample, row: Tensor, u: Tensor) -> SoftTargets:
+    """Many draws of one position's logits [1, ...] by a sampler of the device, as stored."""
+    parts = [run(row.expand(len(some), *row.shape[1:]), some, codec.rule) for some in u.split(2000)]
+    encoded = {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
+    return SoftTargets(codec, codec.pack(encoded))
 
 
 def excess(weights: Tensor, p: Tensor, met: Tensor | None = None) -> float:

@@ -95,12 +95,7 @@ class CachedTrainer(Trainer):  # type: ignore[misc]
     distillation: Distillation | None = None
 
     def __init__(self, *args: Any, distillation: Distillation | None = None, **kwargs: Any) -> None:
-        """Make the trainer.
-
-        Args:
-            args: as for the trainer.
-            distillation: which caches and which loss; None leaves the trainer as it is.
-            kwargs: as for the trainer.
+        """Make the trainer; without a `distillation` it stays as it is.
 
         Raises:
             UsageError: caches or loss can't be used, or the trainer divides rows over workers.

@@ -87,14 +87,7 @@ class Anchor:
     """
 
     def __init__(self, theta: float | None = None) -> None:
-        """Begin.
-
-        Args:
-            theta: a fixed value, 0 to 1; None estimates it from past steps, beginning at 0.
-
-        Raises:
-            UsageError: theta is not from 0 to 1.
-        """
+        """Begin with a fixed theta, 0 to 1; None estimates it from past steps, beginning at 0."""
         if theta is not None and not 0 <= theta <= 1:
             raise UsageError(f"anchor is {theta:g}; the scale of the control variate is 0 to 1.")
         self.estimated, self.off, self.met = theta is None, theta == 0, False

@@ -58,16 +58,12 @@ def chunk_loss(
     """The readable reference: hard and soft loss of a student with a tokenizer of its own.
 
     Args:
-        logits: [P, V'] of the student's positions; the loss works in float32, or in float64 if they
-            are float64.
+        logits: [P, V'] of the student's positions; for the rest see `distillation_loss`.
         labels: int [P], the student's own next ids.
         targets: chunks of the P positions.
         alpha: weight of the hard loss, 0 to 1.
-        vocab_size: V, the student's ids; columns from V on take no part. Default: all.
+        vocab_size: V, the student's ids. Default: all.
         count: divisor of all sums. Default: P.
-
-    Returns:
-        LossParts, connected to `logits`; zeros for P = 0.
     """
     z = logits[:, :vocab_size]
     z = z if z.dtype == torch.float64 else z.float()
@@ -90,10 +86,7 @@ def chunk_loss(
 def binary_divergence(teacher: Tensor, student: Tensor, tau: float) -> Tensor:
     """``tau * KL`` between "this text" and "any other", both probabilities to the power 1 / tau.
 
-    Args:
-        teacher: log-likelihoods, at most 0.
-        student: likewise.
-        tau: above 0.
+    Both are log-likelihoods, at most 0; tau is above 0.
     """
     p, q = teacher / tau, (student / tau).clamp_max(-NEAREST)
     certain = p > -NEAREST
@@ -185,38 +178,34 @@ def chunk_gradient_(
     factor = ((alpha * valid + (1 - alpha) * pull)[:, None]) / total
     d_label = -factor * others
     if targets.soft is None or targets.groups is None or targets.positions is None:
-        z.copy_(e.mul_(factor))
+        e.mul_(factor)
     else:
         positions = torch.from_numpy(targets.positions).to(z.device)
         listed = _Listed.of(e, positions, targets.groups, targets.soft)
+        mine, given = own[positions], (label[positions], total[positions])
         if listed is not None:
-            given = own[positions], label[positions], total[positions], targets.soft
-            found, pull, own_pull = listed.derivative_(e, *given)
-            soft = soft + found
-            d_label[positions] += own[positions] * own_pull * (1 - alpha)
+            found, pull, own_pull = listed.derivative_(e, mine, *given, targets.soft)
+            d_own = mine * own_pull * (1 - alpha)
             every_id = factor.index_add(0, positions, pull * (1 - alpha))
             listed.write_(e.mul_(every_id), factor, 1 - alpha)
-            if e is not z:
-                z.copy_(e)
-            z.scatter_(1, label, d_label.to(z.dtype))
-            return torch.stack([hard, soft])
-        every = len(positions) == len(z)
-        some = e if every else e[positions]
-        group = targets.groups.student_on(z.device)
-        found, by_group = _group_gradients(
-            some, group, targets.groups.count, own[positions], group[label[positions]], targets.soft
-        )
-        soft = soft + found
-        by_group *= 1 - alpha
-        d_label[positions] += own[positions] * by_group.gather(1, group[label[positions]])
-        by_id = by_group.index_select(1, group)
-        if every:
-            z.copy_(e.mul_(by_id.add_(factor)))
         else:
-            by_id.mul_(some)
-            e.mul_(factor)
-            e.index_add_(0, positions, by_id)
-            z.copy_(e)
+            some = e if len(positions) == len(z) else e[positions]
+            group = targets.groups.student_on(z.device)
+            at = group[label[positions]]
+            found, pull = _group_gradients(
+                some, group, targets.groups.count, mine, at, targets.soft
+            )
+            pull *= 1 - alpha
+            d_own, by_id = mine * pull.gather(1, at), pull.index_select(1, group)
+            if some is e:
+                e.mul_(by_id.add_(factor))
+            else:
+                by_id.mul_(some)
+                e.mul_(factor).index_add_(0, positions, by_id)
+        soft = soft + found
+        d_label[positions] += d_own
+    if e is not z:
+        z.copy_(e)
     z.scatter_(1, label, d_label.to(z.dtype))
     return torch.stack([hard, soft])
 
@@ -274,39 +263,26 @@ class _Listed:
             own: [m, 1] the label's, by the same factor.
             label: int64 [m, 1].
             total: [m, 1] their sum.
-            targets: over groups; a group may be there several times.
+            targets: of the positions.
 
         Returns:
             The sum, and [m, 1] the derivative by an id's logit, divided by its number in `e`: of
             ids in no listed group, and of the label.
         """
         flat, shape = e.view(-1), targets.ids.shape
-        used = targets.weights > 0
         w = targets.weights.to(e)
         # A group that is there several times has the weight of all of them.
         by_group = w.new_zeros((len(own), self._groups.count)).scatter_add_(1, targets.ids, w)
         weights = by_group.gather(1, targets.ids)
-        mine = (targets.ids == self._groups.student[label]) & used
+        mine = (targets.ids == self._groups.student[label]) & (targets.weights > 0)
         self._values = flat[self.at]
         inside = w.new_zeros(shape.numel()).index_add_(0, self.entry, self._values).view(shape)
-        # An id's probability below the smallest number is not a reason for infinities.
-        least = torch.finfo(e.dtype).tiny
-        inside = torch.where(used, (inside + own * mine).clamp_min(least), 1)
-        known = w.sum(-1, keepdim=True)
-        loss = (known * total.log()).sum() - (w * inside.log()).sum()
-        base = known / total
-        pull = base - weights / inside
+        outside = None
         if targets.exact:
             flat[self.at] = 0
             outside = e.sum(-1, keepdim=True)[self._positions] + own * ~mine.any(-1, keepdim=True)
             flat[self.at] = self._values
-            has_tail = outside > 0
-            rest = torch.where(has_tail, targets.tail.to(e)[:, None], 0)
-            outside = torch.where(has_tail, outside.clamp_min(least), 1)
-            loss += (w * torch.where(used, weights, 1).log()).sum() + torch.xlogy(rest, rest).sum()
-            loss += (rest * (total.log() - outside.log())).sum()
-            pull = pull + rest / total
-            base = base + rest / total - rest / outside
+        loss, base, pull = _coarse_kl(targets, weights, inside + own * mine, outside, total)
         self._pull = pull.reshape(-1)
         first = mine.to(torch.uint8).argmax(-1, keepdim=True)  # equal groups have equal values
         return loss, base, torch.where(mine.any(-1, keepdim=True), pull.gather(1, first), base)
@@ -331,11 +307,11 @@ def _group_gradients(
 
     Args:
         e: [m, V] the student's probabilities without the label's, all by one factor.
-        group: int64 [V].
+        group: int64 [V], of `count` groups.
         count: G.
         own: [m, 1] the label's, by the same factor.
         owns: int64 [m, 1] its group.
-        targets: over groups; a group may be there several times.
+        targets: of the positions.
 
     Returns:
         The sum, and [m, G + 1] the derivative by an id's logit, divided by the id's number in `e`;
@@ -343,26 +319,46 @@ def _group_gradients(
     """
     used = targets.weights > 0
     ids = torch.where(used, targets.ids, count)
-    w = targets.weights.to(e)
     mass = e.new_zeros((len(e), count + 1)).scatter_add_(1, group.expand(len(e), -1), e)
     mass.scatter_add_(1, owns, own)
     total = mass.sum(-1, keepdim=True)
-    weights = torch.zeros_like(mass).scatter_add_(1, ids, w).gather(1, ids)  # of whole groups
+    whole = torch.zeros_like(mass).scatter_add_(1, ids, targets.weights.to(e))
+    inside = mass.gather(1, ids)
+    outside = mass.scatter_(1, ids, 0).sum(-1, keepdim=True) if targets.exact else None
+    loss, base, listed = _coarse_kl(targets, whole.gather(1, ids), inside, outside, total)
+    # Written, not added: equal ids have equal values.
+    return loss, mass.copy_(base.expand_as(mass)).scatter_(1, ids, listed)
+
+
+def _coarse_kl(
+    targets: SparseTargets, weights: Tensor, inside: Tensor, outside: Tensor | None, total: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed loss over groups, and its derivative by a logit, divided by the id's probability.
+
+    Args:
+        targets: over groups; a group may be there several times.
+        weights: [m, K] of the whole group of each entry.
+        inside: [m, K] the student's probability of each entry's group, by any factor.
+        outside: [m, 1] of all other groups, by the same factor; None of a sample, without a tail.
+        total: [m, 1] of all groups.
+
+    Returns:
+        The sum, and the derivative by ids in no listed group, [m, 1], and in each listed one.
+    """
+    used, w = targets.weights > 0, targets.weights.to(inside)
     # An id's probability below the smallest number is not a reason for infinities.
-    least = torch.finfo(e.dtype).tiny
-    inside = torch.where(used, mass.gather(1, ids).clamp_min(least), 1)
+    least = torch.finfo(inside.dtype).tiny
+    inside = torch.where(used, inside.clamp_min(least), 1)
     known = w.sum(-1, keepdim=True)
     loss = (known * total.log()).sum() - (w * inside.log()).sum()
     base = known / total
     listed = base - weights / inside
-    if targets.exact:
-        outside = mass.scatter_(1, ids, 0).sum(-1, keepdim=True)
+    if outside is not None:
         has_tail = outside > 0
-        rest = torch.where(has_tail, targets.tail.to(e)[:, None], 0)
+        rest = torch.where(has_tail, targets.tail.to(inside)[:, None], 0)
         outside = torch.where(has_tail, outside.clamp_min(least), 1)
         loss += (w * torch.where(used, weights, 1).log()).sum() + torch.xlogy(rest, rest).sum()
         loss += (rest * (total.log() - outside.log())).sum()
         listed = listed + rest / total
         base = base + rest / total - rest / outside
-    # Written, not added: equal ids have equal values.
-    return loss, mass.copy_(base.expand_as(mass)).scatter_(1, ids, listed)
+    return loss, base, listed

@@ -34,7 +34,6 @@ from kdcache.loss.chunks import chunk_gradient_
 from kdcache.loss.passes import (
     EAGER,
     Pass,
-    anchored_pass,
     cap_,
     compiled,
     dense_pass,
@@ -107,10 +106,6 @@ def fused_linear_distillation(
         rows: positions in a slice. Default: about 2^29 logits on a GPU; on a CPU 2^24, or a
             quarter of `weight`.
         group: the ranks that the output layer is cut over; see `distillation_loss`.
-
-    Returns:
-        LossParts; `total` carries the gradient to `hidden`, `weight` and `bias`, whichever ask for
-        one.
 
     Raises:
         UsageError: see `distillation_loss`; also any other divergence.
@@ -277,13 +272,7 @@ class _Rebuilt:
     """
 
     def __init__(self, like: Tensor, wide: torch.dtype, ids: slice) -> None:
-        """Allocate.
-
-        Args:
-            like: the student's buffer.
-            wide: dtype of the losses.
-            ids: of this rank.
-        """
+        """Allocate like the student's buffer, for ids of this rank; losses are `wide`."""
         self._ids = ids
         gpu = like.is_cuda
         self._dtype = like.dtype if gpu else wide
@@ -398,8 +387,8 @@ def _logits_to_gradient_(
             function = sparse_pass
             if theta is not None:
                 assert isinstance(targets, AnchoredTargets), "theta is of anchored targets"
-                tensors += (targets.inverse[part].to(each.dtype), targets.heads[part], theta)
-                function = anchored_pass
+                inverse = targets.inverse[part].to(each.dtype)
+                more |= {"inverse": inverse, "heads": targets.heads[part], "theta": theta}
         losses, d_entries = (compiled(function) if fast else function)(*tensors, *options, **more)
         # Written, not added: these values were made in float32 (softmax minus target cancels), and
         # equal ids carry equal values, so the result does not depend on the order of the writes.

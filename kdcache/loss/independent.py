@@ -55,11 +55,8 @@ def label_loss(
         targets: n positions, at the temperature T of the soft part; None for the hard part alone.
         alpha: weight of the hard loss, 0 to 1; of no effect without targets.
         divergence: "forward-kl", "reverse-kl", "jsd" of each class, or "mse" of the logits.
-        huber_delta: of `score_loss`; of no effect here.
+        huber_delta: of no effect here.
         count: divisor of the sums. Default: n.
-
-    Returns:
-        LossParts, connected to `logits`; zeros for n = 0.
 
     Raises:
         UsageError: a divergence that is not defined here, or logits of another width.
@@ -93,21 +90,15 @@ def score_loss(
     """The loss of one score a row.
 
     Args:
-        logits: [n, 1] of any float dtype; see `label_loss`.
+        logits: [n, 1]; arguments that are not here are as `label_loss` has them.
         labels: float [n], NaN where there is none.
-        targets: n positions of width 1; None for the hard part alone.
-        alpha: weight of the hard loss, 0 to 1; of no effect without targets.
+        targets: n positions of width 1.
         divergence: "mse" e^2, or "huber": e^2 / 2 up to |e| = delta, beyond that
             delta (|e| - delta / 2).
         huber_delta: delta, in units of the score.
-        count: divisor of the sums. Default: n.
-
-    Returns:
-        LossParts, connected to `logits`; zeros for n = 0.
 
     Raises:
-        UsageError: a divergence that is not defined here, a temperature, or logits of another
-            width.
+        UsageError: a divergence that is not defined here, a temperature, or other logits.
     """
     z = _checked(logits, targets, divergence, "score")[:, 0]
 

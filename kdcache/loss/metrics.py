@@ -1,13 +1,9 @@
-"""Metrics of classifiers and language models, as sums over positions.
+"""Metrics of classifiers and language models; NaN where one is not defined.
 
-Every figure is made from sums, so a `Tally` of a billion positions is as small as one of ten:
-batches are added, nothing is kept. Cross-entropy and KL are not computed here: they are the loss's
-own (`kdcache.loss`), so that evaluation reports the very quantity that training minimises.
-
-Figures of labels each by itself, and of scores.
-
-Some need all answers in order, so unlike those of `kdcache.loss.metrics` they are not sums: a
-caller keeps the answers of a set. Cost: a sort. Where a figure is not defined it is NaN.
+Of distributions they are made from sums over positions, so a `Tally` of a billion positions is as
+small as one of ten. Cross-entropy and KL are not computed here: they are the loss's own
+(`kdcache.loss`), so that evaluation reports the very quantity that training minimises. Those of
+labels each by itself, and of scores, may need all answers of a set in order, and cost a sort.
 
 Entities of tagged sequences: their F1 as conlleval and seqeval's default mode define it.
 
@@ -147,24 +143,19 @@ def confusion_matrix(labels: Array, predictions: Array, classes: int) -> Array:
     """Counts of predictions: rows are true classes, columns predicted ones.
 
     Args:
-        labels: int [n], the true classes, 0 to classes - 1.
+        labels: int [n], the true classes, 0 to C - 1.
         predictions: int [n], the predicted ones.
-        classes: their number C.
+        classes: C.
 
     Returns:
-        int64 [C, C]: true class down, predicted class across. Matrices of parts add up to that of
-        the whole.
+        int64 [C, C]. Matrices of parts add up to that of the whole.
     """
     cells = np.asarray(labels, np.int64) * classes + np.asarray(predictions, np.int64)
     return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
 
 
 def accuracy(confusion: Array) -> float:
-    """Share of right predictions; NaN if there are none.
-
-    Args:
-        confusion: from `confusion_matrix`.
-    """
+    """Share of right predictions of a `confusion_matrix`; NaN if there are none."""
     return ratio(int(np.trace(confusion)), int(confusion.sum()))
 
 
@@ -174,38 +165,28 @@ def f1(confusion: Array) -> float:
     Of class 1 where there are two classes. With more of them the unweighted mean over classes
     (macro F1); a class that is neither a label nor a prediction has no F1 and takes no part.
 
-    Args:
-        confusion: from `confusion_matrix`.
-
-    Returns:
-        0 to 1; NaN where nothing was counted.
+    NaN where nothing was counted.
     """
-    hits = np.diag(confusion).astype(np.float64)
-    both = confusion.sum(0) + confusion.sum(1)  # 2 TP + FP + FN of each class
-    if len(confusion) == 2:
-        # A set without a positive, in which none was predicted, has no F1 either.
-        return float(2 * hits[1] / both[1]) if both[1] else math.nan
+    hits, both = np.diag(confusion), confusion.sum(0) + confusion.sum(1)
+    return _mean_f1(hits[1:], both[1:]) if len(confusion) == 2 else _mean_f1(hits, both)
+
+
+def _mean_f1(hits: Array, both: Array) -> float:
+    """The mean F1 of the classes that have one, of TP and 2 TP + FP + FN of each."""
     present = both > 0
     return float(np.mean(2 * hits[present] / both[present])) if present.any() else math.nan
 
 
-@dataclass
 class Calibration:
     """Counts for the expected calibration error, in bins of equal width over the confidence.
 
-    Attributes:
-        bins: their number; bin i holds confidences in (i / bins, (i + 1) / bins].
+    Bin i holds confidences in (i / BINS, (i + 1) / BINS].
     """
 
-    bins: int = BINS
-    counts: Array = field(init=False)
-    confidence: Array = field(init=False)
-    correct: Array = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.counts = np.zeros(self.bins, np.int64)
-        self.confidence = np.zeros(self.bins, np.float64)
-        self.correct = np.zeros(self.bins, np.int64)
+    def __init__(self) -> None:
+        self.counts = np.zeros(BINS, np.int64)
+        self.confidence = np.zeros(BINS, np.float64)
+        self.correct = np.zeros(BINS, np.int64)
 
     def add(self, confidence: Array, correct: Array) -> None:
         """Count predictions.
@@ -215,10 +196,10 @@ class Calibration:
             correct: bool [n], whether it was the label.
         """
         confidence = np.asarray(confidence, np.float64)
-        which = np.clip(np.ceil(confidence * self.bins).astype(np.int64) - 1, 0, self.bins - 1)
-        self.counts += np.bincount(which, minlength=self.bins)
-        self.confidence += np.bincount(which, confidence, self.bins)
-        self.correct += np.bincount(which[np.asarray(correct, bool)], minlength=self.bins)
+        which = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
+        self.counts += np.bincount(which, minlength=BINS)
+        self.confidence += np.bincount(which, confidence, BINS)
+        self.correct += np.bincount(which[np.asarray(correct, bool)], minlength=BINS)
 
     def merge(self, other: Calibration) -> None:
         """Add the counts of other predictions."""
@@ -254,7 +235,6 @@ class Tally:
     Attributes:
         classes: number of classes where F1 is wanted, else None (a vocabulary has no confusion
             matrix).
-        bins: of the calibration error.
         entities: counts of entities, where the classes are their tags.
         positions: positions counted.
         labelled: those of them with a hard label.
@@ -264,11 +244,9 @@ class Tally:
         soft_positions: positions in `soft`.
         agreed: positions whose most probable id is the teacher's.
         known: positions where the teacher's most probable id is known.
-        calibrated: positions with a label and a known confidence.
     """
 
     classes: int | None = None
-    bins: int = BINS
     entities: Entities | None = None
     positions: int = 0
     labelled: int = 0
@@ -278,12 +256,10 @@ class Tally:
     soft_positions: int = 0
     agreed: int = 0
     known: int = 0
-    confusion: Array = field(init=False)
-    calibration: Calibration = field(init=False)
+    calibration: Calibration = field(default_factory=Calibration)
 
     def __post_init__(self) -> None:
         self.confusion = np.zeros((self.classes or 0,) * 2, np.int64)
-        self.calibration = Calibration(self.bins)
 
     def add_predictions(self, labels: Array, predictions: Array, confidence: Array | None) -> None:
         """Count predictions against hard labels.
@@ -370,9 +346,7 @@ def macro_f1(truth: Array, chosen: Array) -> float:
 
     A class that is neither a label nor a prediction has no F1 and takes no part.
     """
-    hits, both = f1_counts(truth, chosen)
-    present = both > 0
-    return float(np.mean(2 * hits[present] / both[present])) if present.any() else math.nan
+    return _mean_f1(*f1_counts(truth, chosen))
 
 
 def f1_counts(truth: Any, chosen: Any) -> tuple[Any, Any]:
@@ -384,14 +358,15 @@ def f1_counts(truth: Any, chosen: Any) -> tuple[Any, Any]:
 def average_precision(truth: Array, scores: Array) -> float:
     """`sum_n (R_n - R_(n-1)) P_n` over the falling thresholds (Manning et al. 2008, section 8.4).
 
-    Equal scores are one threshold, so their order has no part.
+    Equal scores are one threshold, so their order has no part. Of [rows, classes] it is that over
+    all of them together.
 
     Args:
-        truth: [n], 1 of what is to be found, 0 of others, negative of what takes no part.
-        scores: float [n], larger of what is found first.
+        truth: 1 of what is to be found, 0 of others, negative of what takes no part.
+        scores: float, in the same shape, larger of what is found first.
 
     Returns:
-        0 to 1; NaN where there is nothing to be found.
+        NaN where there is nothing to be found.
     """
     known = truth >= 0
     truth, scores = truth[known], scores[known]
@@ -403,11 +378,6 @@ def average_precision(truth: Array, scores: Array) -> float:
     hits = np.cumsum(truth)[last].astype(np.float64)
     recall = hits / hits[-1]
     return float(np.sum(np.diff(recall, prepend=0.0) * hits / (last + 1)))
-
-
-def micro_average_precision(truth: Array, scores: Array) -> float:
-    """Average precision over all rows and classes together, [rows, classes]."""
-    return average_precision(truth.reshape(-1), scores.reshape(-1))
 
 
 def macro_average_precision(truth: Array, scores: Array) -> float:

@@ -75,7 +75,9 @@ def sparse_pass(
     inverse_t: Tensor,
     unit: bool,
     exact: bool,
-    anchored: tuple[Tensor, Tensor, Tensor] | None = None,
+    inverse: Tensor | None = None,
+    heads: Tensor | None = None,
+    theta: Tensor | None = None,
     over: Vocabulary = WHOLE,
 ) -> tuple[Tensor, Tensor]:
     """One slice against sparse targets: z becomes the gradient outside the entries.
@@ -97,7 +99,9 @@ def sparse_pass(
         inverse_t: 1 / T.
         unit: T = 1.
         exact: add the teacher's negative entropy: KL instead of cross-entropy.
-        anchored: [n, E - 1] inverse inclusion probabilities, [n] entries of the head, and theta.
+        inverse: [n, E - 1] inverse inclusion probabilities of anchored targets.
+        heads: [n] entries of their head.
+        theta: scalar, see `kdcache.loss.anchor`.
         over: what the logits are summed over; entries of other ranks have the logit -inf.
 
     Returns:
@@ -158,9 +162,10 @@ def sparse_pass(
     q, others_q = (y - lse_t).exp(), (others_t - lse_t).exp()
     sums = torch.stack([hard.sum(), soft.sum()])
     mass_outside, added = mass, torch.zeros_like(own)
-    if anchored is not None:
+    if inverse is not None and heads is not None and theta is not None:
+        largest = (top_t - lse_t).exp() * others_q.sign()
         outside, added, figures = control_of_entries(
-            q, others_q, (top_t - lse_t).exp() * others_q.sign(), own, w, same, first, *anchored
+            q, others_q, largest, own, w, same, first, inverse, heads, theta
         )
         mass_outside = mass - outside
         sums = torch.cat([sums, weighted(figures, each[:, 0]).sum(0)])
@@ -176,28 +181,6 @@ def sparse_pass(
     d_soft = mass * q - own - torch.where(listed, 0, rest * (y - tail).clamp_max(0).exp()) - added
     d_entries = c_hard * ((x - lse).exp() - is_label.to(x.dtype)) + c_soft * d_soft
     return sums, d_entries
-
-
-def anchored_pass(
-    z: Tensor,
-    x: Tensor,
-    ids: Tensor,
-    w: Tensor,
-    rest: Tensor,
-    valid: Tensor,
-    each: Tensor,
-    inverse: Tensor,
-    heads: Tensor,
-    theta: Tensor,
-    alpha: Tensor,
-    inverse_t: Tensor,
-    unit: bool,
-    exact: bool,
-    over: Vocabulary = WHOLE,
-) -> tuple[Tensor, Tensor]:
-    """`sparse_pass` of anchored targets."""
-    options = alpha, inverse_t, unit, exact
-    return sparse_pass(z, x, ids, w, rest, valid, each, *options, (inverse, heads, theta), over)
 
 
 def dense_pass(
@@ -302,7 +285,7 @@ def compiled(function: Pass) -> Pass:
     def call(z: Tensor, *rest: Any, **more: Any) -> Any:
         # The vocabulary stays a constant of the kernel; the numbers of positions and entries change
         # with every batch.
-        for tensor in (z, *rest):
+        for tensor in (z, *rest, *more.values()):
             if isinstance(tensor, Tensor) and tensor.ndim:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
                 if tensor.ndim == 2 and tensor.shape[1] != z.shape[1]:
@@ -338,7 +321,7 @@ def linear_entropies(
         hidden: [n, H].
         weight: [V, H].
         bias: [V'], of which V are used, or None.
-        cap: the logits are ``cap * tanh(x / cap)`` of the layer's x.
+        cap: see `fused_linear_distillation`.
         rows: positions in a slice. Default: as the fused loss on a GPU, fewer on a CPU.
     """
     kind, (width, size) = hidden.device.type, weight.shape

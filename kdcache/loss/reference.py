@@ -51,11 +51,7 @@ class LossParts(NamedTuple):
 
 
 def check_names(divergence: str, tail: str) -> None:
-    """Refuse an unknown divergence or tail.
-
-    Raises:
-        UsageError: names those there are.
-    """
+    """Refuse an unknown divergence or tail with a `UsageError`."""
     for what, name, known in (("divergence", divergence, DIVERGENCES), ("tail", tail, TAILS)):
         if name not in known:
             raise UsageError(f"{what} {name!r} is unknown; choose one of {', '.join(known)}.")
@@ -184,9 +180,6 @@ def distillation_loss(
             was made once. All of them have the same positions, labels and targets, and get the same
             loss; sums over ranks, such as an anchor's, are those over other positions. Default: the
             vocabulary is whole.
-
-    Returns:
-        LossParts, connected to `logits`; zeros for n = 0.
 
     Raises:
         UsageError: see `check_loss`; also logits narrower than the vocabulary.
@@ -473,7 +466,7 @@ def linear_logprobs(
         weight: [V, H].
         bias: [V'], of which V are used, or None.
         labels: int [n].
-        cap: the logits are ``cap * tanh(x / cap)`` of the layer's x.
+        cap: see `fused_linear_distillation`.
     """
     rows = max(_SLICE // len(weight), 1)
     bias = None if bias is None else bias[: len(weight)]

@@ -29,14 +29,9 @@ __all__ = ["Row", "RowSpec", "make_encoder"]
 
 
 def make_encoder(spec: RowSpec, tokenizer: Any) -> Encoder:
-    """The encoder for a task.
+    """The encoder for a task and a teacher's tokenizer of Hugging Face.
 
-    Args:
-        spec: The options.
-        tokenizer: A Hugging Face tokenizer, the teacher's.
-
-    Returns:
-        An encoder; it may encode several spans one after the other and counts over all of them.
+    It may encode several spans one after the other and counts over all of them.
 
     Raises:
         UsageError: The tokenizer can't serve the spec.

@@ -14,6 +14,7 @@ times, and once more for each answer that no special token follows at once (call
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -62,21 +63,14 @@ class Chats:
         if messages is None or messages == []:
             return Document("")
         given = _messages(messages, self._spec.messages_column)
-        known = _tools(tools, self._spec.tools_column)
-        self._check_template()
-        self._check_tools(given, known)
-        try:
+        with self._template_for(given, tools) as known:
             if self._marked(known):
                 if _listed(given):
                     _check_words(given, self._render(given, known))
                 return self._by_marks(given, known)
             text = self._render(given, known)
             _check_words(given, text)
-            ranges = self._spoken(text, given, known)
-        except (jinja2.TemplateError, TypeError) as error:
-            # Templates refuse what they don't know, such as two turns of the user in a row.
-            raise RecordError(f"the tokenizer's chat template refuses it ({error})") from None
-        return Document(text, ranges, framed=False)
+            return Document(text, self._spoken(text, given, known), framed=False)
 
     def prompt(self, messages: Any, tools: Any = None) -> Document:
         """What a model answers: a conversation up to its last answer, or to the one that is due.
@@ -88,17 +82,15 @@ class Chats:
             given.pop()
         if not given:
             return Document("")
-        known = _tools(tools, self._spec.tools_column)
-        self._check_template()
-        self._check_tools(given, known)
-        try:
+        with self._template_for(given, tools) as known:
             text = self._render(given, known, prompt=True)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise RecordError(f"the tokenizer's chat template refuses it ({error})") from None
         _check_words(given, text)
         return Document(text, framed=False)
 
-    def _check_template(self) -> None:
+    @contextlib.contextmanager
+    def _template_for(self, messages: list[Message], tools: Any) -> Iterator[Any]:
+        """Refuse what the template cannot render; gives the tools as it expects them."""
+        known = _tools(tools, self._spec.tools_column)
         need_offsets(self._tokenizer, "conversations")
         if not self._tokenizer.chat_template:
             raise UsageError(
@@ -106,6 +98,12 @@ class Chats:
                 "no chat template. Use an instruct model's, name a file, --chat template=FILE, or "
                 "choose --record-form text."
             )
+        self._check_tools(messages, known)
+        try:
+            yield known
+        except (jinja2.TemplateError, TypeError) as error:
+            # Templates refuse what they don't know, such as two turns of the user in a row.
+            raise RecordError(f"the tokenizer's chat template refuses it ({error})") from None
 
     def _marked(self, tools: Any) -> bool:
         """Whether the template's own marks say what is learnt."""

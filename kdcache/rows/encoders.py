@@ -37,8 +37,6 @@ class Encoder(ABC):
     """Turns records into rows, counting what it leaves out.
 
     Attributes:
-        spec: The options.
-        tokenizer: A Hugging Face tokenizer.
         stats: Records taken, records skipped because of `RowSpec.on_error` and the first reasons.
         empty: Records without anything to learn: empty text, no answer of the assistant.
         truncated: Documents cut short at `RowSpec.max_length`: texts to classify (where a fast
@@ -51,6 +49,20 @@ class Encoder(ABC):
         self.stats = ReadStats()
         self.empty = 0
         self.truncated = 0
+
+    def _need_room(self, added: int, least: int = 1) -> None:
+        """Refuse rows without room for the tokenizer's own tokens and at least so many of text."""
+        if self.spec.max_length < added + least:
+            raise UsageError(
+                f"max_length is {self.spec.max_length}, but the tokenizer itself adds {added} "
+                f"tokens. Set --max-length to {added + least} or more."
+            )
+
+    def _text(self, record: Record, column: str, name: str) -> str:
+        """The text of a column that must be there, named `name` in `--columns`; null is empty."""
+        if column not in record.values:
+            raise record.missing([column], f"--columns {name}=THEIRS", self.spec.columns)
+        return checked_text(record.values[column], column)
 
     @property
     def skipped(self) -> int:

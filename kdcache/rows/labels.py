@@ -30,7 +30,7 @@ from kdcache.corpus import Record
 from kdcache.errors import UsageError
 from kdcache.rows.encoders import Encoder
 from kdcache.rows.spec import Row, RowSpec, no_label
-from kdcache.rows.tokens import checked_text, tokens_of
+from kdcache.rows.tokens import tokens_of
 from kdcache.tasks import IGNORE, TASKS
 
 _NUMBER = re.compile(r"[+-]?\d{1,18}(\.\d{1,18})?", re.ASCII)
@@ -44,12 +44,7 @@ class Classes:
     """
 
     def __init__(self, names: Sequence[str] | None, noun: str = "label") -> None:
-        """Keep the names.
-
-        Args:
-            names: of the classes in the teacher's order; None takes any class number.
-            noun: what a label is called in messages.
-        """
+        """Keep the names in the teacher's order; None takes any class number."""
         self._names = names
         self._noun = noun
         self._index = {name: i for i, name in enumerate(names or ())}
@@ -269,14 +264,12 @@ class ScoreReader(LabelReader):
         value = self._value(record)
         if value is None:
             return no_label(self.spec.task)
-        number = math.nan
+        number = _number(value)
         if isinstance(value, str):
             with suppress(ValueError):
                 number = float(value)
-        elif _is_number(value):
-            number = float(value)
         with np.errstate(over="ignore"):
-            found = np.array([number], np.float32)
+            found = np.array([math.nan if number is None else number], np.float32)
         if not np.isfinite(found[0]):
             raise UsageError(
                 f"{record.where}: the score is {value!r}, expected a finite number. Correct it; "
@@ -288,15 +281,7 @@ class ScoreReader(LabelReader):
 def filled_column(record: Record, names: Sequence[str]) -> str | None:
     """The column that holds a record's labels: where it has several of them, the filled one.
 
-    Args:
-        record: it.
-        names: of columns that may hold them.
-
-    Returns:
-        None where it has no such column.
-
-    Raises:
-        UsageError: several are filled.
+    None where it has none of these columns; several that are filled are refused.
     """
     there = [name for name in names if name in record.values]
     filled = [name for name in there if not _missing(record.values[name])]
@@ -315,11 +300,7 @@ def almost_there(record: Record, spec: RowSpec, names: Sequence[str]) -> bool:
 
 
 def names_in(record: Record, text: str) -> list[Any]:
-    """The classes in a cell of a table: names with commas between, or a list as JSON.
-
-    Raises:
-        UsageError: a list that is not JSON.
-    """
+    """The classes in a cell of a table: names with commas between, or a list as JSON."""
     if not text.lstrip().startswith("["):
         return [name.strip() for name in text.split(",") if name.strip()]
     try:
@@ -347,10 +328,6 @@ def _missing(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-
-
 def _flag(value: Any) -> int | None:
     """0 or 1 given as int, bool, float or digit, `IGNORE` of null; None if it is none of these."""
     if value is None:
@@ -365,12 +342,7 @@ class ClassificationEncoder(Encoder):
     def __init__(self, spec: RowSpec, tokenizer: Any) -> None:
         super().__init__(spec, tokenizer)
         pair = spec.pair_column is not None
-        special = int(tokenizer.num_special_tokens_to_add(pair=pair))
-        if spec.max_length < special + 1 + pair:
-            raise UsageError(
-                f"max_length is {spec.max_length}, but the tokenizer itself adds {special} tokens. "
-                f"Set --max-length to {special + 1 + pair} or more."
-            )
+        self._need_room(int(tokenizer.num_special_tokens_to_add(pair=pair)), 1 + pair)
         self._labels = make_reader(spec)
 
     def encode(self, records: Iterable[Record], *, span: int = 0) -> Iterator[Row]:
@@ -399,14 +371,8 @@ class ClassificationEncoder(Encoder):
                 )
 
     def _make(self, record: Record) -> tuple[str, str, Labels] | None:
-        spec = self.spec
-        pair = ""
-        if spec.text_column not in record.values:
-            raise record.missing([spec.text_column], "--columns text=THEIRS", spec.columns)
-        text = checked_text(record.values[spec.text_column], spec.text_column)
-        if spec.pair_column is not None:
-            if spec.pair_column not in record.values:
-                raise record.missing([spec.pair_column], "--columns pair=THEIRS", spec.columns)
-            pair = checked_text(record.values[spec.pair_column], spec.pair_column)
+        column = self.spec.pair_column
+        text = self._text(record, self.spec.text_column, "text")
+        pair = "" if column is None else self._text(record, column, "pair")
         label = self._labels.read(record)
         return (text, pair, label) if text.strip() or pair.strip() else None

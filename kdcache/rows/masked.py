@@ -30,7 +30,7 @@ from kdcache.corpus import Record
 from kdcache.errors import UsageError
 from kdcache.rows.encoders import Encoder
 from kdcache.rows.spec import Row, RowSpec
-from kdcache.rows.tokens import checked_text, encoded, frame, need_offsets
+from kdcache.rows.tokens import encoded, frame, need_offsets
 from kdcache.targets import Stream, position_uniform
 from kdcache.tasks import IGNORE
 
@@ -60,13 +60,8 @@ class MaskedEncoder(Encoder):
             )
         self._mask_id = int(tokenizer.mask_token_id)
         self._before, self._after = (np.array(ids, np.int32) for ids in frame(tokenizer))
+        self._need_room(len(self._before) + len(self._after))
         self._text_tokens = spec.max_length - len(self._before) - len(self._after)
-        if self._text_tokens < 1:
-            least = len(self._before) + len(self._after) + 1
-            raise UsageError(
-                f"max_length is {spec.max_length}, but the tokenizer itself adds {least - 1} "
-                f"tokens. Set --max-length to {least} or more."
-            )
         self._words = spec.mask_unit == "word"
         if self._words:
             self._check_words()
@@ -95,10 +90,7 @@ class MaskedEncoder(Encoder):
             number += 1
 
     def _make(self, record: Record) -> tuple[Record, str] | None:
-        column = self.spec.text_column
-        if column not in record.values:
-            raise record.missing([column], "--columns text=THEIRS", self.spec.columns)
-        text = checked_text(record.values[column], column)
+        text = self._text(record, self.spec.text_column, "text")
         return (record, text) if text.strip() or not record.whole else None
 
     def _tokenise(self, batch: Sequence[tuple[Record, str]]) -> Iterator[_Text]:

@@ -102,14 +102,8 @@ class PairEncoder(Encoder):
 def text_of(record: Record, column: str, name: str, columns: Sequence[str]) -> str:
     """The text of a column, or of a field of one: `translation.en`; missing is empty.
 
-    Args:
-        record: where it is.
-        column: its name.
-        name: of it in `--columns`, for messages.
-        columns: that were read.
-
     Raises:
-        UsageError: there is no such column or field.
+        UsageError: there is no such column or field; it is `name` in `--columns`.
         RecordError: it does not hold a text.
     """
     for value in field_of(record.values, column):
@@ -120,13 +114,7 @@ def text_of(record: Record, column: str, name: str, columns: Sequence[str]) -> s
 def target_ids(
     tokenizer: Any, texts: Sequence[str], end: Sequence[int] = ()
 ) -> list[npt.NDArray[np.int32]]:
-    """Ids of whole targets, int32 each.
-
-    Args:
-        tokenizer: of the model.
-        texts: the targets.
-        end: ids to put behind each.
-    """
+    """Ids of whole targets, int32 each, with those of `end` behind."""
     encoded = tokenizer(
         text_target=list(texts),
         add_special_tokens=True,

@@ -39,7 +39,7 @@ def tokens_of(
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        texts: One or more.
+        texts: At least one.
         pairs: The second text of each.
         how: Arguments of its call, such as `add_special_tokens`, `truncation` and `max_length`.
     """
@@ -59,13 +59,8 @@ def tokens_of(
 def encoded(tokenizer: Any, texts: Sequence[str], *, offsets: bool = False) -> Any:
     """Whole texts without the tokenizer's own tokens, by its call: what `tokens_of` leaves out.
 
-    Args:
-        tokenizer: A Hugging Face tokenizer.
-        texts: One or more.
-        offsets: Whether the characters of each token are wanted (`offset_mapping`).
-
-    Returns:
-        A `BatchEncoding`, with `input_ids` and, of a fast tokenizer, `word_ids`.
+    A `BatchEncoding`, with `input_ids` and, of a fast tokenizer, `word_ids`; with `offsets` also
+    the characters of each token, `offset_mapping`.
     """
     more = {"return_offsets_mapping": True} if offsets else {}
     return tokenizer(
@@ -135,11 +130,7 @@ def checked_text(value: Any, column: str) -> str:
 
 
 def need_offsets(tokenizer: Any, what: str) -> None:
-    """Refuse a tokenizer that does not tell which characters a token stands for.
-
-    Raises:
-        UsageError: It doesn't.
-    """
+    """Refuse a tokenizer that does not tell which characters a token stands for."""
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError(
             f"{what} need a tokenizer that returns the characters of each token; "

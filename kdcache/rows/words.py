@@ -62,14 +62,7 @@ class WordReader:
     """Reads words with a tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """Find how the tokenizer reads a word by itself.
-
-        Args:
-            tokenizer: a fast tokenizer of Hugging Face.
-
-        Raises:
-            UsageError: it does not tell which word a token is of.
-        """
+        """Find how a fast tokenizer reads a word by itself; refuse others."""
         if not getattr(tokenizer, "is_fast", False):
             raise UsageError(
                 f"{type(tokenizer).__name__} does not tell which word a token is of, which a label "
@@ -165,12 +158,7 @@ class TokenClassificationEncoder(Encoder):
     def __init__(self, spec: RowSpec, tokenizer: Any) -> None:
         super().__init__(spec, tokenizer)
         self._reader = WordReader(tokenizer)
-        special = int(tokenizer.num_special_tokens_to_add(pair=False))
-        if spec.max_length < special + 1:
-            raise UsageError(
-                f"max_length is {spec.max_length}, but the tokenizer itself adds {special} tokens. "
-                f"Set --max-length to {special + 1} or more."
-            )
+        self._need_room(int(tokenizer.num_special_tokens_to_add(pair=False)))
         self._classes = Classes(spec.label_names, "a tag")
 
     def encode(self, records: Iterable[Record], *, span: int = 0) -> Iterator[Row]:

@@ -51,7 +51,8 @@ class Column:
 class Codec(ABC):
     """Logits in, columns stored, targets at a temperature out.
 
-    Children are frozen dataclasses with the fields `vocab_size` and `temperatures`.
+    Children are frozen dataclasses with the fields `vocab_size`, `temperatures`, and one for what
+    follows the kind in a codec's text, of which they take the text too.
 
     Attributes:
         keeps_logits: whether targets give every logit of a position, stored or rebuilt.
@@ -91,13 +92,9 @@ class Codec(ABC):
         if kind not in Codec._kinds or (colon and not argument):
             known = ", ".join(child.usage for child in Codec._kinds.values())
             raise UsageError(f"codec {text!r} is not known. Use one of: {known}.")
-        return Codec._kinds[kind]._from_argument(argument, tuple(temperatures), vocab_size)
-
-    @classmethod
-    @abstractmethod
-    def _from_argument(
-        cls, argument: str, temperatures: tuple[float, ...], vocab_size: int
-    ) -> Codec: ...
+        make: Any = Codec._kinds[kind]
+        found: Codec = make(vocab_size, tuple(temperatures), argument)
+        return found
 
     @property
     @abstractmethod
@@ -125,7 +122,7 @@ class Codec(ABC):
     @property
     def any_temperature(self) -> bool:
         """Whether targets are right at undeclared temperatures too."""
-        return False
+        return self.keeps_logits
 
     @property
     def keeps_means(self) -> bool:
@@ -134,8 +131,8 @@ class Codec(ABC):
 
     @property
     def uses_ranks(self) -> bool:
-        """True if ids stored as frequency ranks take fewer bytes."""
-        return False
+        """True if ids stored as frequency ranks take fewer bytes: those of one byte do not."""
+        return not self.keeps_logits and self.vocab_size > 2**8
 
     @abstractmethod
     def encode(self, logits: Tensor, u: Tensor | None = None) -> dict[str, Tensor]:
@@ -181,7 +178,7 @@ class Codec(ABC):
 
         Args:
             columns: as made by `pack`.
-            temperature: one this codec is honest at.
+            temperature: a declared one.
             rank_to_id: the inverse of the permutation that `pack` was given, or None for none.
 
         Raises:
@@ -205,7 +202,10 @@ class Codec(ABC):
         Raises:
             UsageError: names the declared temperatures.
         """
-        self._temperature_index(temperature)
+        if self.any_temperature:
+            canonical_temperatures([temperature])
+        else:
+            self._temperature_index(temperature)
 
     def _temperature_index(self, temperature: float) -> int:
         for index, declared in enumerate(self.temperatures):
@@ -220,11 +220,7 @@ class Codec(ABC):
 
 
 def canonical_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
-    """Sort and deduplicate declared temperatures.
-
-    Raises:
-        UsageError: none, or one that is not a positive finite number.
-    """
+    """Sort and deduplicate declared temperatures; refuse none, and others than positive numbers."""
     values = tuple(sorted({float(t) for t in temperatures}))
     if not values or not all(math.isfinite(t) and t > 0 for t in values):
         raise UsageError(
@@ -241,8 +237,9 @@ def check_vocabulary(vocab_size: int, least: int = 2) -> None:
         )
 
 
-def positive_int(text: str, usage: str) -> int:
+def positive_int(given: int | str, usage: str) -> int:
     """Read the number of a codec such as "topk:64"."""
+    text = str(given)
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise UsageError(f"codec has {text!r} for its number, expected {usage}.")
     return int(text)
@@ -251,13 +248,7 @@ def positive_int(text: str, usage: str) -> int:
 def check_logits(logits: Tensor, vocab_size: int, temperatures: int = 1) -> Tensor:
     """Fail early on a slice of the wrong width: an error of the caller, not of the user.
 
-    Args:
-        logits: as `Codec.encode` takes them.
-        vocab_size: V.
-        temperatures: m.
-
-    Returns:
-        The logits, [n, V] where those of one temperature are given.
+    Returns the logits, [n, V] where those of one temperature are given.
     """
     shape = tuple(logits.shape[1:])
     if shape not in ((vocab_size,), (temperatures, vocab_size)) or not logits.is_floating_point():
@@ -277,11 +268,6 @@ def refuse_bad_positions(finite: Array) -> None:
             f"first is position {first} of this slice. Check the teacher's weights and dtype "
             f"(float16 overflows; use bfloat16 or float32)."
         )
-
-
-def ranks_pay(vocab_size: int) -> bool:
-    """Whether frequency ranks make ids smaller: those of one byte gain nothing."""
-    return vocab_size > 2**8
 
 
 def id_dtype(vocab_size: int) -> str:

@@ -33,8 +33,6 @@ class Dense(Codec):
     """Stores logits as they are, in float32 or float16.
 
     Attributes:
-        vocab_size: V, the number of classes or ids.
-        temperatures: what the cache declares; any other works as well.
         dtype: stored type, "float32" or "float16" (relative error 2^-11).
         declared_only: the logits are those of a mean of distributions at the one declared
             temperature, and others are refused. Says how to read, not what is stored.
@@ -52,14 +50,9 @@ class Dense(Codec):
     def __post_init__(self) -> None:
         check_vocabulary(self.vocab_size, 1)  # a score is one number
         object.__setattr__(self, "temperatures", canonical_temperatures(self.temperatures))
+        object.__setattr__(self, "dtype", self.dtype or "float32")
         if self.dtype not in _DTYPES:
             raise UsageError(f"codec is 'dense:{self.dtype}', expected {self.usage}.")
-
-    @classmethod
-    def _from_argument(
-        cls, argument: str, temperatures: tuple[float, ...], vocab_size: int
-    ) -> Dense:
-        return cls(vocab_size, temperatures, argument or "float32")
 
     def __str__(self) -> str:
         return "dense" if self.dtype == "float32" else f"dense:{self.dtype}"
@@ -78,12 +71,6 @@ class Dense(Codec):
     def bytes_per_position(self) -> float:
         """Uncompressed: the low bits of logits are noise that no filter shrinks much."""
         return float(np.dtype(self.dtype).itemsize * self.vocab_size)
-
-    def check_temperature(self, temperature: float) -> None:
-        """Any positive temperature is exact, unless the logits are those of one."""
-        canonical_temperatures([temperature])
-        if not self.any_temperature:
-            self._temperature_index(temperature)
 
     def encode(self, logits: Tensor, u: Tensor | None = None) -> dict[str, Tensor]:
         """Keep the logits; see `Codec.encode`. Minus infinity counts as unusable here."""

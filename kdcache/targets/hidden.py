@@ -48,8 +48,6 @@ class Hidden(Codec):
     """Stores the output layer's input.
 
     Attributes:
-        vocab_size: V.
-        temperatures: what the cache declares; any other works as well.
         dtype: stored type, "float16", "bfloat16" or "int8".
         layer: the teacher's output layer; None until a cache or a teacher gives it.
     """
@@ -69,12 +67,6 @@ class Hidden(Codec):
         object.__setattr__(self, "temperatures", canonical_temperatures(self.temperatures))
         if self.dtype not in _COLUMNS:
             raise UsageError(f"codec is 'hidden:{self.dtype}', expected {self.usage}.")
-
-    @classmethod
-    def _from_argument(
-        cls, argument: str, temperatures: tuple[float, ...], vocab_size: int
-    ) -> Hidden:
-        return cls(vocab_size, temperatures, argument)
 
     def __str__(self) -> str:
         return f"hidden:{self.dtype}"
@@ -97,11 +89,6 @@ class Hidden(Codec):
         return self.dtype == "int8"
 
     @property
-    def any_temperature(self) -> bool:
-        """Always: the logits themselves are rebuilt."""
-        return True
-
-    @property
     def columns(self) -> tuple[Column, ...]:
         """`states` [positions, D] (bit patterns of bfloat16; int8 levels, 128 for 0), and for
         int8 the `steps` of its blocks [positions, max(1, D // 32)]."""
@@ -120,17 +107,8 @@ class Hidden(Codec):
         assert self.layer is not None, "a cache's codec comes with its output layer"
         return self.layer
 
-    def check_temperature(self, temperature: float) -> None:
-        """Any positive temperature is exact."""
-        canonical_temperatures([temperature])
-
     def encode(self, logits: Tensor, u: Tensor | None = None) -> dict[str, Tensor]:
-        """Round the states; see `Codec.encode`.
-
-        Args:
-            logits: the states instead, [n, D] of any float dtype.
-            u: not used.
-        """
+        """Round the states, [n, D] of any float dtype, given instead of logits."""
         states, layer = logits, self._known
         if states.shape[1:] != (layer.width,) or not states.is_floating_point():
             raise ValueError(

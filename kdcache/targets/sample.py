@@ -45,7 +45,6 @@ from kdcache.targets.base import (
     id_dtype,
     owners,
     positive_int,
-    ranks_pay,
     refuse_bad_positions,
     run_items,
     running_sum,
@@ -80,7 +79,6 @@ class Sample(Codec):
     """Stores at most `draws` times the number of temperatures entries a position.
 
     Attributes:
-        vocab_size: V.
         temperatures: where the weights are unbiased, ascending.
         draws: N; ids with a size above 1/N are always kept.
     """
@@ -97,13 +95,7 @@ class Sample(Codec):
     def __post_init__(self) -> None:
         check_vocabulary(self.vocab_size)
         object.__setattr__(self, "temperatures", canonical_temperatures(self.temperatures))
-        positive_int(str(self.draws), self.usage)
-
-    @classmethod
-    def _from_argument(
-        cls, argument: str, temperatures: tuple[float, ...], vocab_size: int
-    ) -> Sample:
-        return cls(vocab_size, temperatures, positive_int(argument, cls.usage))
+        object.__setattr__(self, "draws", positive_int(self.draws, self.usage))
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.draws}"
@@ -184,11 +176,6 @@ class Sample(Codec):
     def most_entries(self) -> int:
         """One for each draw, and one more."""
         return self.rule.slots(self.vocab_size)
-
-    @property
-    def uses_ranks(self) -> bool:
-        """Beyond one byte."""
-        return ranks_pay(self.vocab_size)
 
     def encode(self, logits: Tensor, u: Tensor | None = None) -> dict[str, Tensor]:
         """Choose ids and quantise their weights on the device; see `Codec.encode`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,8 +39,7 @@ def read_ranks(table: bytes, vocab_size: int) -> Ids:
                 return np.concatenate([met, np.flatnonzero(left)])
     raise CorruptCacheError(
         f"ranks.u32 is not a list of different ids below {vocab_size}. Restore the cache from a "
-        f"copy, "
-        "or build it again."
+        "copy, or build it again."
     )
 
 
@@ -55,8 +55,7 @@ class SoftTargets:
     """Stored columns of some positions and the codec that reads them.
 
     Attributes:
-        codec: what wrote the columns.
-        columns: as `Codec.pack` made them.
+        codec: what wrote the columns, as `Codec.pack` does.
         rank_to_id: [V] id of each frequency rank, or None where ids are stored as they are.
     """
 
@@ -128,7 +127,9 @@ class SoftTargets:
     @staticmethod
     def alike(parts: Sequence[SoftTargets]) -> list[SoftTargets]:
         """Parts with ids of one meaning: those of different rank tables lose their ranks."""
-        if all(_same(part.rank_to_id, parts[0].rank_to_id) for part in parts):
+        ranks: list[Any] = [part.rank_to_id for part in parts]
+        # Those of a cache are the same object.
+        if all(one is ranks[0] or np.array_equal(one, ranks[0]) for one in ranks):
             return list(parts)
         return [part.plain() for part in parts]
 
@@ -151,21 +152,11 @@ class SoftTargets:
         return cls(codec, columns, parts[0].rank_to_id)
 
 
-def _same(one: Array | None, other: Array | None) -> bool:
-    """Whether two rank tables are one; those of a cache are the same object."""
-    return one is other or (one is not None and other is not None and np.array_equal(one, other))
-
-
 class TargetWriter:
     """Logits to stored targets of one codec, ids as frequency ranks where there is a table."""
 
     def __init__(self, codec: Codec, rank_to_id: Array | None = None) -> None:
-        """Invert the table once.
-
-        Args:
-            codec: what to store.
-            rank_to_id: [V] id of each rank, or None to store ids as they are.
-        """
+        """Invert the table of ids of ranks [V], if there is one, once."""
         self.codec, self.rank_to_id = codec, rank_to_id
         self._id_to_rank = None if rank_to_id is None else ranks_of_ids(rank_to_id)
 

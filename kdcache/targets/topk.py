@@ -39,7 +39,6 @@ from kdcache.targets.base import (
     check_vocabulary,
     id_dtype,
     positive_int,
-    ranks_pay,
     refuse_bad_positions,
 )
 from kdcache.targets.decoded import SparseTargets
@@ -57,7 +56,6 @@ class TopK(Codec):
     """Stores `k` entries a position.
 
     Attributes:
-        vocab_size: V.
         temperatures: where the tail's mass is stored, ascending; T = 1 need not be one of them.
         k: entries a position; capped at V, where nothing is left for the tail.
         levels: whether numbers are stored as levels of one byte.
@@ -74,13 +72,7 @@ class TopK(Codec):
     def __post_init__(self) -> None:
         check_vocabulary(self.vocab_size)
         object.__setattr__(self, "temperatures", canonical_temperatures(self.temperatures))
-        object.__setattr__(self, "k", min(positive_int(str(self.k), self.usage), self.vocab_size))
-
-    @classmethod
-    def _from_argument(
-        cls, argument: str, temperatures: tuple[float, ...], vocab_size: int
-    ) -> TopK:
-        return cls(vocab_size, temperatures, positive_int(argument, cls.usage))
+        object.__setattr__(self, "k", min(positive_int(self.k, self.usage), self.vocab_size))
 
     def __str__(self) -> str:
         return f"topk:{self.k}"
@@ -109,11 +101,6 @@ class TopK(Codec):
     def most_entries(self) -> int:
         """K."""
         return self.k
-
-    @property
-    def uses_ranks(self) -> bool:
-        """Beyond one byte."""
-        return ranks_pay(self.vocab_size)
 
     def in_floats(self) -> TopK:
         """See `Codec.in_floats`."""

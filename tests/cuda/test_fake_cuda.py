@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import further
 from fake import Waits, every_wait_is_seen, fake_cuda, on_fake_cuda
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -68,7 +69,7 @@ def fake_llama(vocabulary: int, dtype: torch.dtype, device: str = "cuda:0") -> A
 
 
 @pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("temperatures", [(1.0,), (2.0,), (1.0, 1.5)])
+@pytest.mark.parametrize("temperatures", [(1.0,), (1.0, 1.5), *further(((2.0,),))])
 @pytest.mark.parametrize("vocabulary", [500, 50_257])
 def test_every_codec_encodes_where_the_logits_are(
     codec: str, temperatures: tuple[float, ...], vocabulary: int
@@ -117,7 +118,7 @@ def test_states_are_encoded_where_they_are(stored: str) -> None:
 
 
 @pytest.mark.parametrize("padding", [0, 64])
-@pytest.mark.parametrize("temperatures", [(1.0, 2.0), (2.0,)])
+@pytest.mark.parametrize("temperatures", [(1.0, 2.0), *further(((2.0,),))])
 @pytest.mark.parametrize("codec", ["topk:16", "sample:20", "hidden:float16", "hidden:int8"])
 def test_a_batch_of_a_build_never_waits(
     codec: str, temperatures: tuple[float, ...], padding: int
@@ -176,10 +177,16 @@ TYPES = [
 ]
 
 
-@pytest.mark.parametrize(("states", "weights", "autocast"), TYPES)
-@pytest.mark.parametrize("kind", ["sample", "topk", "anchored", "dense", "hidden", "levels"])
+KINDS = ("sample", "topk", "anchored", "dense", "hidden", "levels")
+LAYERS = ((1.0, None, 1), (2.0, 30.0, 1), (2.0, 30.0, 8))  # temperature, cap, ranks
+FUSED = [(*types, kind, *layer) for kind in KINDS for layer in LAYERS for types in TYPES]
+# Each kind with each layer, in turn with each of the types: of 18 forms 5 types have 3 or 4.
+TYPICAL = [FUSED[5 * i + i % 5] for i in range(len(KINDS) * len(LAYERS))]
+
+
 @pytest.mark.parametrize(
-    ("temperature", "cap", "ranks"), [(1.0, None, 1), (2.0, 30.0, 1), (2.0, 30.0, 8)]
+    ("states", "weights", "autocast", "kind", "temperature", "cap", "ranks"),
+    [*TYPICAL, *further(*(one for one in FUSED if one not in TYPICAL))],
 )
 def test_the_fused_loss_keeps_devices_and_dtypes(
     states: torch.dtype,
@@ -286,7 +293,7 @@ def forward_and_backward(
 
 
 @pytest.mark.parametrize("rows", ["full", "padded", "no mask", "a share of positions"])
-@pytest.mark.parametrize("autocast", [None, BFLOAT16, FLOAT16])
+@pytest.mark.parametrize("autocast", [None, BFLOAT16, *further(FLOAT16)])
 def test_a_training_step_waits_for_transformers_alone(
     rows: str, autocast: torch.dtype | None
 ) -> None:
@@ -384,7 +391,7 @@ class FakeStream:
             yield cls.events
 
 
-@pytest.mark.parametrize("kind", ["sample", "topk", "anchored", "dense", "hidden", "levels"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_is_copied_while_the_step_before_runs(kind: str) -> None:
     """On a stream of its own that waits for nothing; the step waits for it and keeps its memory."""
     with fake_cuda(), FakeStream.patched() as events:

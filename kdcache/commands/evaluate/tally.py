@@ -25,11 +25,11 @@ from kdcache.loss.metrics import (
     Entities,
     Tally,
     are_entities,
+    average_precision,
     f1,
     known,
     macro_average_precision,
     macro_f1,
-    micro_average_precision,
     micro_f1,
     pearson,
     perplexity,
@@ -188,7 +188,7 @@ class LabelTally(KeptTally):
             "cross_entropy": ratio(nats, int((labels != IGNORE).sum())),
             "micro_f1": micro_f1(labels, chosen),
             "macro_f1": macro_f1(labels, chosen),
-            "micro_average_precision": micro_average_precision(labels, answers),
+            "micro_average_precision": average_precision(labels, answers),
             "macro_average_precision": macro_average_precision(labels, answers),
         }
 

@@ -7,7 +7,6 @@ ids, and never synchronise with the host; the first non-finite position is retur
 
 from __future__ import annotations
 
-from kdcache.targets.device.blocks import BLOCK, Blocks, largest, open_blocks, read_blocks
 from kdcache.targets.device.run import (
     compiles,
     label_logprobs,
@@ -15,28 +14,14 @@ from kdcache.targets.device.run import (
     outside_mass,
     top_entries,
 )
-from kdcache.targets.device.threshold import (
-    Rule,
-    blocked_sample,
-    reference_sample,
-    sample_entries,
-    split,
-)
+from kdcache.targets.device.threshold import Rule, sample_entries
 
 __all__ = [
-    "BLOCK",
-    "Blocks",
     "Rule",
-    "blocked_sample",
     "compiles",
     "label_logprobs",
-    "largest",
     "of_positions",
-    "open_blocks",
     "outside_mass",
-    "read_blocks",
-    "reference_sample",
     "sample_entries",
-    "split",
     "top_entries",
 ]
