@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, BartConfig, BertConfig, LlamaConfig, T5C
 
 import kdcache
 from kdcache.commands.build.options import BuildOptions
+from kdcache.commands.train.options import TrainOptions
 from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss, label_loss, score_loss
 from kdcache.rows import Row
@@ -203,6 +204,18 @@ class Desk:
         """A cache that is only read; tests that ask for the same one share it."""
         name = "-".join(f"{k}={v}" for k, v in more.items()).replace("/", "") or "cache"
         return built(self.options(self / name, **more))
+
+    def try_build(self, out: Path, **more: Any) -> None:
+        """A build of a teacher, or a corpus, of one folder or file."""
+        named = {k: (str(more.pop(k)),) for k in ("teacher", "corpus") if k in more}
+        kdcache.build(self.options(out, **named, **more))
+
+    def try_training(self, student: Any, out: Path, **more: Any) -> None:
+        """One step on the cache."""
+        given = {"max_steps": 1, "report_to": "none", **more}
+        kdcache.train(
+            TrainOptions(cache=(self.cache().url,), student=str(student), out=str(out), **given)
+        )
 
     def load(self, folder: str | Path) -> Any:
         return getattr(transformers, self.kind.auto).from_pretrained(folder).eval()

@@ -143,7 +143,7 @@ def target(z: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
 def test_mean_of_many_gradients_is_the_full_one(
     draws: int, temperatures: tuple[float, ...]
 ) -> None:
-    n, vocabulary = 20_000, 60
+    n, vocabulary = 8_000, 60
     row = teacher(1, vocabulary, seed=5, scale=1.2)
     ranks = np.random.default_rng(1).permutation(vocabulary)
     stored = drawn(Anchored(vocabulary, temperatures, draws), row.expand(n, -1), ranks)
@@ -227,7 +227,7 @@ def test_theta_sees_mass_on_an_id_that_cannot_be_drawn(mass: float) -> None:
 def test_inverses_count_each_id_once_whatever_the_heads_units(
     run: Any, draws: int, temperatures: tuple[float, ...]
 ) -> None:
-    n, vocabulary = 20_000, 150
+    n, vocabulary = 10_000, 150
     row = teacher(1, vocabulary, seed=2, scale=1.2)
     row[:, 5] -= 5
     codec = Anchored(vocabulary, temperatures, draws)

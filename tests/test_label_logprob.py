@@ -1,4 +1,4 @@
-"""The teacher's log-probability of each label: rounding, builds, what is read and what is shown."""
+"""The teacher's log-probability of each label, and its entropy: rounding, builds and commands."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from broken_caches import forge, naming, run
@@ -27,43 +28,56 @@ from kdcache.cache.shard import ShardData, column_bytes
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.evaluate.evaluate import evaluate
+from kdcache.commands.export import export
 from kdcache.commands.inspect import inspect
-from kdcache.commands.options import EvaluateOptions, InspectOptions
+from kdcache.commands.options import EvaluateOptions, ExportOptions, InspectOptions
 from kdcache.commands.train.options import TrainOptions
 from kdcache.commands.train.train import train
 from kdcache.domains import Weights
 from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.stream import Collator, TargetDataset, TargetStream
+from kdcache.student import DistilledStudent
 from kdcache.targets import Codec
 from kdcache.targets.device import label_logprobs
 from kdcache.targets.device import run as device_run
 from kdcache.targets.label_logprob import (
     IMPOSSIBLE,
+    decode_entropies,
     decode_logprobs,
+    encode_entropies,
     encode_logprobs,
     sum_logprobs,
 )
 from kdcache.tasks import IGNORE
 
+SCALES = {"label_logprob": 8192, "entropy": 4096}
 
-def bound(logprobs: np.ndarray) -> np.ndarray:
+
+def bound(values: np.ndarray, name: str = "label_logprob") -> np.ndarray:
     """How far a stored value may be off: the step between its neighbours, and float32."""
-    return np.sqrt(-np.minimum(logprobs, 0)) / 45 + 1 / 8192 + 1e-5
+    step = 45 if name == "label_logprob" else 32
+    return np.sqrt(np.abs(values)) / step + 1 / SCALES[name] + 1e-5
 
 
 # Rounding
 
 
-@given(x=st.floats(0, 500_000), seed=st.integers(0, 1000))
-def test_the_mean_over_the_noise_is_the_value(x: float, seed: int) -> None:
+@pytest.mark.parametrize("name", SCALES)
+@given(share=st.floats(0, 1), seed=st.integers(0, 1000))
+def test_the_mean_over_the_noise_is_the_value(name: str, share: float, seed: int) -> None:
     u = (np.arange(4096) + np.random.default_rng(seed).random()) / 4096
-    codes = encode_logprobs(np.full(4096, -x), u)
-    values = -(codes.astype(float) ** 2) / 8192
-    step = math.sqrt(x) / 45.2 + 1 / 8192
-    assert abs(values + x).max() <= step * (1 + 1e-9)
+    if name == "entropy":
+        x, step, codes = 15.8 * share, 32.0, encode_entropies(np.full(4096, 15.8 * share), u)
+        np.testing.assert_allclose(decode_entropies(codes), codes.astype(float) ** 2 / 4096)
+    else:
+        x = 500_000 * share**4
+        step, codes = 45.2, encode_logprobs(np.full(4096, -x), u)
+    values = codes.astype(float) ** 2 / SCALES[name]
+    step = math.sqrt(x) / step + 1 / SCALES[name]
+    assert abs(values - x).max() <= step * (1 + 1e-9)
     assert len(np.unique(codes)) <= 2
     # Evenly spaced noise: the mean is right up to one of 4,096 points.
-    assert abs(values.mean() + x) <= step / 4096 * 1.01 + 1e-9 * x
+    assert abs(values.mean() - x) <= step / 4096 * 1.01 + 1e-9 * x
     assert values.std() <= step / 2
 
 
@@ -74,6 +88,7 @@ def test_what_has_no_probability_is_infinite() -> None:
     assert sum_logprobs(codes) == (0.0, 2)
     many = np.arange(IMPOSSIBLE, dtype=np.uint16)
     assert sum_logprobs(many) == (sum(c * c for c in range(IMPOSSIBLE)) / 8192, 0)
+    assert encode_entropies([-1e-7, 0.0, 15.875, 40], np.full(4, 0.99)).tolist() == [0, 0, 255, 255]
 
 
 # On the device
@@ -114,30 +129,94 @@ def test_it_is_the_log_softmax_whatever_the_codec_has_read(
     assert not {"peak", "normalizer"} & encoded.keys()
 
 
+@pytest.mark.parametrize("vocabulary", [40, 6000])
+def test_the_entropy_is_that_of_the_softmax(vocabulary: int) -> None:
+    torch.manual_seed(2)
+    logits = 5 * torch.randn(6, vocabulary)
+    logits[1, 1:] = -math.inf  # sure
+    logits[2, ::2] = -math.inf  # masked ids
+    logits[3] = 1000.0
+    p = logits.double().softmax(-1)
+    want = torch.special.entr(p).sum(-1)
+    labels = torch.zeros(6, dtype=torch.int64)
+    blocks = device_run._sums_by_blocks(logits)  # as on CUDA
+    for sums in (None, dict(blocks)):
+        got = device_run.of_positions(logits, labels, sums, entropy=True)["entropy"]
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), want, rtol=3e-6, atol=3e-6)
+    broken = logits[:1].clone()
+    broken[0, 3] = math.nan
+    assert device_run.of_positions(broken, labels[:1], entropy=True)["entropy"].isnan().all()
+
+
 # Builds
 
 
-def kept(cache: Cache) -> np.ndarray:
-    """Log-probabilities of all positions of a cache."""
-    parts = [cache.read(span).label_logprob for span in range(cache.spec.spans)]
-    return decode_logprobs(np.concatenate([part for part in parts if part is not None]))
+def kept(cache: Cache, name: str = "label_logprob") -> np.ndarray:
+    """Log-probabilities, or entropies, of all positions of a cache."""
+    parts = [getattr(cache.read(span), name) for span in range(cache.spec.spans)]
+    codes = np.concatenate([part for part in parts if part is not None])
+    return decode_logprobs(codes) if name == "label_logprob" else decode_entropies(codes)
 
 
 @pytest.mark.parametrize("codec", ["dense", "topk:8", "sample:20"])
-def test_every_cache_of_a_language_model_keeps_it(
-    codec: str, lm_caches: dict[str, str], tiny_lm: Path
+def test_every_cache_of_a_language_model_keeps_them(
+    codec: str, lm_caches: dict[str, str], tiny_lm: Path, tmp_path: Path
 ) -> None:
     cache = Cache.open(lm_caches[codec])
     logits, labels = lm_logits(tiny_lm, lm_caches[codec])
-    want = logprobs_of(logits)[np.arange(len(labels)), labels]
-    got = kept(cache)
-    error = got - want
-    assert (abs(error) <= bound(want)).all()
-    # 4 standard errors, of which each is half a step at most.
-    assert abs(error.sum()) <= 4 * math.sqrt((bound(want) ** 2).sum()) / 2
-    assert teacher_cross_entropy([cache]) == pytest.approx(-got.astype(float).mean(), abs=1e-6)
+    every = logprobs_of(logits)
+    want = {
+        "label_logprob": every[np.arange(len(labels)), labels],
+        "entropy": -(np.exp(every) * every).sum(-1),
+    }
+    got = {name: kept(cache, name) for name in want}
+    for name, exact in want.items():
+        error, most = got[name] - exact, bound(exact, name)
+        assert (abs(error) <= most).all()
+        # 4 standard errors, of which each is half a step at most.
+        assert abs(error.sum()) <= 4 * math.sqrt((most**2).sum()) / 2
     other = Cache.open(lm_caches["dense" if codec != "dense" else "topk:8"])
-    assert (kept(other) == got).mean() > 0.999, "the noise is the position's, not the codec's"
+    same = kept(other) == got["label_logprob"]
+    assert same.mean() > 0.999, "the noise is the position's, not the codec's"
+    means = {name: values.astype(float).mean() for name, values in got.items()}
+    assert teacher_cross_entropy([cache]) == pytest.approx(-means["label_logprob"], abs=1e-6)
+    found = inspect(InspectOptions(lm_caches[codec], row=0))
+    assert found.teacher_entropy == pytest.approx(means["entropy"], abs=1e-5)
+    assert found.row is not None
+    shown = [position.entropy for position in found.row.positions]
+    assert shown == got["entropy"][: len(shown)].tolist()
+    sizes = {column.name: column.bytes_per_position for column in found.columns}
+    assert sizes["rows/entropy"] <= 1.05
+    if codec == "topk:8":
+        export(ExportOptions(lm_caches[codec], str(tmp_path / "table")))
+        table = pq.read_table(min((tmp_path / "table").glob("*.parquet")))
+        rows = table["teacher_entropy"].to_pylist()
+        flat = np.concatenate([np.asarray(row, float) for row in rows])
+        known = flat[~np.isnan(flat)]
+        assert known.tolist() == got["entropy"][: len(known)].tolist()
+
+
+def test_a_sample_gives_the_kl(lm_caches: dict[str, str], tiny_lm: Path) -> None:
+    """The mean KL over a batch is the soft cross-entropy less the stored entropies."""
+    torch.manual_seed(0)
+    student = AutoModelForCausalLM.from_pretrained(tiny_lm)
+    for weight in student.parameters():
+        weight.data += 0.05 * torch.randn_like(weight)
+    model = DistilledStudent(student.eval(), "causal-lm", alpha=0.5).eval()
+    found = {}
+    for codec in ("dense", "sample:20"):
+        stream = TargetStream(lm_caches[codec], batch_size=64, shuffle=False)
+        sums = []
+        for batch in stream:
+            with torch.no_grad():
+                out = model(**batch)
+            kl = out.soft_loss if codec == "dense" else out.kl
+            assert kl is not None
+            assert (out.kl is None) == (codec == "dense")
+            sums.append(float(kl) * float(batch["count"]))
+        found[codec] = sum(sums)
+    assert found["sample:20"] == pytest.approx(found["dense"], rel=0.1)
 
 
 def test_a_classifiers_cache_keeps_none(class_cache: str) -> None:
@@ -146,6 +225,20 @@ def test_a_classifiers_cache_keeps_none(class_cache: str) -> None:
     assert cache.read(0).label_logprob is None
     assert cache.manifest.shards[0].label_nats is None
     assert inspect(InspectOptions(class_cache)).teacher_cross_entropy is None
+
+
+def test_a_classifiers_batch_has_its_entropy_and_no_column(class_cache: str) -> None:
+    cache = Cache.open(class_cache)
+    assert not cache.spec.entropy
+    batch = next(iter(TargetStream(class_cache, batch_size=4, temperature=2.0)))
+    p = batch["targets"].logits.double().softmax(-1)
+    torch.testing.assert_close(batch["teacher_entropy"].double(), torch.special.entr(p).sum(-1))
+    bare = next(iter(TargetStream(class_cache, batch_size=4, temperature=None)))
+    assert "teacher_entropy" not in bare
+    shown = inspect(InspectOptions(class_cache, row=0))
+    assert shown.row is not None
+    first = cache.read(0).targets.at(1.0).logits[0].double().softmax(-1)
+    assert shown.row.positions[0].entropy == pytest.approx(float(torch.special.entr(first).sum()))
 
 
 @pytest.mark.slow
@@ -401,3 +494,32 @@ def test_a_column_of_another_length_is_refused(cache: Cache, tmp_path: Path) -> 
     found = forge(cache, tmp_path / "shorter", shorter)
     with pytest.raises(CorruptCacheError, match="label_logprob has shape"):
         found.read(0)
+
+
+@pytest.mark.slow
+def test_a_begun_cache_without_entropies_goes_on_without(
+    small_build: BuildOptions, tmp_path: Path
+) -> None:
+    """A build that an earlier version began makes the cache that its spec describes."""
+    build(small_build)
+    whole = Cache.open(small_build.out)
+    assert whole.spec.entropy
+    older = dataclasses.replace(whole.spec, entropy=False)
+    out = tmp_path / "begun"
+    files = whole.tokenizer_files()
+    ranks = whole.read_beside("ranks.u32")
+    begun = Cache.create_or_resume(str(out), older, tokenizer_files=files, ranks=ranks)
+    entry = whole.manifest.shards[0]
+    begun.commit(
+        0, dataclasses.replace(whole.read(0), entropy=None), clipped_mass=entry.clipped_mass
+    )
+    build(dataclasses.replace(small_build, out=str(out)))
+    finished = Cache.open(str(out))
+    assert not finished.spec.entropy
+    assert finished.read(0).entropy is None
+    np.testing.assert_array_equal(finished.read(0).label_logprob, whole.read(0).label_logprob)
+    both = TargetDataset([finished, whole])
+    assert both.kept == {"label_logprob"}
+    assert both[0].entropy is None
+    assert both[len(both) - 1].entropy is None
+    assert json.loads((out / "spec.json").read_text())["spec"].get("entropy") is None

@@ -29,7 +29,6 @@ from transformers import (
 import kdcache
 from kdcache.commands.build.prepare import _SHARD_BYTES, _span_bytes
 from kdcache.commands.options import EvaluateOptions, InspectOptions, PredictOptions
-from kdcache.commands.train.options import TrainOptions
 from kdcache.loss import distillation_loss
 from kdcache.rows import RowSpec
 from kdcache.targets import Codec, DenseTargets
@@ -162,16 +161,10 @@ def test_wrong_models_are_refused_in_one_line(desk: Desk, tmp_path: Path) -> Non
     reads.write_text(json.dumps({**encoder, "is_decoder": True}))
 
     def train(name: Any, **more: Any) -> None:
-        kdcache.train(
-            TrainOptions(
-                cache=(cache.url,), student=str(name), out=str(tmp_path / "run"), max_steps=1,
-                report_to="none", **more,
-            )
-        )  # fmt: skip
+        desk.try_training(name, tmp_path / "run", **more)
 
     def build(name: str, **more: Any) -> None:
-        named = {k: (str(more.pop(k)),) for k in ("teacher", "corpus") if k in more}
-        kdcache.build(desk.options(tmp_path / name, **named, **more))
+        desk.try_build(tmp_path / name, **more)
 
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: build("a", teacher=causal), "no model for masked-lm"),

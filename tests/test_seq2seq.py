@@ -35,7 +35,6 @@ import kdcache
 from kdcache.commands.build.options import BuildOptions
 from kdcache.commands.finetune.options import FinetuneOptions
 from kdcache.commands.options import EvaluateOptions, InspectOptions, PredictOptions
-from kdcache.commands.train.options import TrainOptions
 from kdcache.errors import UsageError
 from kdcache.loss import distillation_loss
 from kdcache.rows import Row, RowSpec, make_encoder
@@ -291,16 +290,10 @@ def test_wrong_input_is_refused_in_one_line(desk: Desk, tmp_path: Path) -> None:
         return file
 
     def train(name: Any, **more: Any) -> None:
-        kdcache.train(
-            TrainOptions(
-                cache=(cache.url,), student=str(name), out=str(tmp_path / "run"), max_steps=1,
-                report_to="none", **more,
-            )
-        )  # fmt: skip
+        desk.try_training(name, tmp_path / "run", **more)
 
     def build(name: str, **more: Any) -> None:
-        named = {k: (str(more.pop(k)),) for k in ("teacher", "corpus") if k in more}
-        kdcache.build(desk.options(tmp_path / name, **named, **more))
+        desk.try_build(tmp_path / name, **more)
 
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: build("a", teacher=causal), "no model for seq2seq-lm"),

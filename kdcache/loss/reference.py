@@ -201,7 +201,8 @@ def distillation_loss(
     if isinstance(targets, LabelTargets):
         soft = policy_gradient(-hard, targets) * valid
     elif divergence == "mse":
-        error = (over.own(z) - _dense(targets).logits.to(z)).square().sum(-1, keepdim=True)
+        assert isinstance(targets, DenseTargets), "check_loss let sparse targets through"
+        error = (over.own(z) - targets.logits.to(z)).square().sum(-1, keepdim=True)
         soft = over.total(error)[0][:, 0] / width
     else:
         heated = _heated(z, temperature, over)
@@ -425,11 +426,6 @@ def student_width(
             "The student must have the teacher's vocabulary or classes (or a padded vocabulary)."
         )
     return width
-
-
-def _dense(targets: Targets | LabelTargets) -> DenseTargets:
-    assert isinstance(targets, DenseTargets), "check_loss let sparse targets through"
-    return targets
 
 
 _SLICE = 1 << 22  # logits at once

@@ -149,7 +149,7 @@ class LabelReader(ABC):
     """Reads the label of a record."""
 
     def __init__(self, spec: RowSpec) -> None:
-        self.spec = spec
+        self.spec, self._classes = spec, Classes(spec.label_names)
 
     @abstractmethod
     def read(self, record: Record) -> Labels:
@@ -177,10 +177,6 @@ class LabelReader(ABC):
 class ClassReader(LabelReader):
     """One class a text: its name, or its number."""
 
-    def __init__(self, spec: RowSpec) -> None:
-        super().__init__(spec)
-        self._classes = Classes(spec.label_names)
-
     def read(self, record: Record) -> Labels:
         """See `LabelReader.read`."""
         return np.array([self._classes.index(self._value(record), record)], np.int32)
@@ -191,7 +187,6 @@ class ManyClassReader(LabelReader):
 
     def __init__(self, spec: RowSpec) -> None:
         super().__init__(spec)
-        self._classes = Classes(spec.label_names)
         self._columns = spec.label_columns if spec.label_by_class else ()
         if self._columns and set(self._columns) != set(spec.label_names or ()):
             raise UsageError(
