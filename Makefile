@@ -75,7 +75,7 @@ vllm-venv:
 
 # vLLM's own warnings are not ours to correct.
 test-vllm: vllm-venv
-	$(VLLM_VENV)/bin/python -m pytest -W default --disable-warnings tests/real_vllm $(PYTEST_ARGS)
+	$(VLLM_VENV)/bin/python -m pytest -m "not (gpu $(LEFT_OUT))" -W default --disable-warnings tests/real_vllm $(PYTEST_ARGS)
 
 # Likewise. A trainer that cannot be installed here (exit code 75) is named and passed over.
 test-trainers:

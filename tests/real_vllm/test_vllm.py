@@ -7,6 +7,7 @@ rows; and what is left when a process of a build is killed.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import itertools
@@ -16,6 +17,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -25,6 +27,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import further
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import kdcache
@@ -275,26 +278,43 @@ def test_it_writes_by_each_requests_seed(
     assert not any(stop in row["completion"] for row in ended)
 
 
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
-@pytest.mark.parametrize("codec", ["sample:20", "anchored:10", "topk:16", "hidden:int8"])
-def test_what_it_encodes_is_what_is_encoded_of_its_states(
-    llama: Path, corpus_texts: list[str], tmp_path: Path, codec: str, tensor_parallel: int
-) -> None:
-    """In other batches and chunks, with padded columns, on one worker and on two."""
-    corpus = tmp_path / "corpus.jsonl"
+@pytest.fixture(scope="module")
+def built(
+    llama: Path, corpus_texts: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Cache, float]]:
+    """Builds with a codec and arguments of the engine: the cache and the mass that was clipped."""
+    folder = tmp_path_factory.mktemp("built")
+    corpus = folder / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus_texts[:60]))
 
-    def made(name: str, *args: str) -> tuple[Cache, float]:
+    @functools.cache
+    def build(codec: str, *args: str) -> tuple[Cache, float]:
         options = kdcache.BuildOptions(
-            teacher=(str(llama),), corpus=(str(corpus),), out=str(tmp_path / name),
+            teacher=(str(llama),), corpus=(str(corpus),), out=tempfile.mkdtemp(dir=folder),
             engine="vllm", engine_arg=args, codec=codec, temperatures=(1.0, 2.0),
             max_length=LENGTH, shard_tokens=900, batch_tokens=512, workers=0,
         )  # fmt: skip
         found = kdcache.build(options)
         return Cache.open(options.out), found.clipped_mass
 
+    return build
+
+
+@pytest.mark.parametrize(
+    ("codec", "tensor_parallel"),
+    [
+        *itertools.product(("sample:20", "anchored:10", "topk:16", "hidden:int8"), (1,)),
+        ("anchored:10", 2),
+        *further(("sample:20", 2), ("topk:16", 2), ("hidden:int8", 2)),
+    ],
+)
+def test_what_it_encodes_is_what_is_encoded_of_its_states(
+    built: Callable[..., tuple[Cache, float]], codec: str, tensor_parallel: int
+) -> None:
+    """In other batches and chunks, with padded columns, on one worker and on two."""
     chunks = "max_num_batched_tokens=40", f"tensor_parallel_size={tensor_parallel}"
-    (mine, clipped), (theirs, other) = made("in", *chunks), made("out", "encode_inside=false")
+    mine, clipped = built(codec, *chunks)
+    theirs, other = built(codec, "encode_inside=false")
     assert mine.manifest.positions == theirs.manifest.positions
     assert clipped == pytest.approx(other, rel=1e-3)
     same = []
