@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from broken_caches import forge
 from conftest import CLASSES, make_tiny_classifier, make_tiny_lm
 from rich.console import Console
 from textbook import (
@@ -26,6 +27,7 @@ from textbook import (
 from transformers import AutoModelForSequenceClassification
 
 from kdcache.cache import Cache
+from kdcache.cache.figures import teacher_entropy
 from kdcache.cli.views import render_evaluation
 from kdcache.commands.evaluate.evaluate import evaluate
 from kdcache.commands.evaluate.scores import DomainScores, EvaluateResult
@@ -208,10 +210,16 @@ def test_topk_gives_the_coarsened_kl(
     assert any("top ids" in note for note in result.notes)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_samples_give_an_unbiased_soft_cross_entropy(
-    lm_caches: dict[str, str], student_lm: Path, tiny_lm: Path
+    temperature: float, lm_caches: dict[str, str], student_lm: Path, tiny_lm: Path, tmp_path: Path
 ) -> None:
-    cache, temperature = lm_caches["sample:20"], 2.0
+    """And less the entropies that a cache keeps KL, at T = 1."""
+    whole = Cache.open(lm_caches["sample:20"])
+    without = forge(
+        whole, tmp_path / "older", lambda d: dataclasses.replace(d, entropy=None), entropy=False
+    )
+    cache = without.url
     options = EvaluateOptions((str(student_lm),), cache=cache, temperature=temperature)
     result = evaluate(options)
     z, _ = lm_logits(student_lm, cache)
@@ -223,6 +231,16 @@ def test_samples_give_an_unbiased_soft_cross_entropy(
     # A few thousand positions: the noise of the mean is far below one percent.
     assert got.soft_cross_entropy == pytest.approx(want.mean(), rel=0.01)
     assert any("entropy" in note for note in result.notes)
+    newer = evaluate(dataclasses.replace(options, cache=whole.url))
+    shards = [whole.read(span) for span in range(whole.spec.spans)]
+    entropy = np.concatenate([teacher_entropy(data) for data in shards]).astype(float).mean()
+    if temperature == 1:
+        kl = student_of(newer).kl
+        assert kl == pytest.approx(got.soft_cross_entropy - entropy, abs=1e-5)
+        assert kl == pytest.approx((np.exp(q) * (q - p)).sum(-1).mean(), abs=0.01 * want.mean())
+        assert any("right on average over their draws" in note for note in newer.notes)
+    else:
+        assert newer.models == result.models
     live = evaluate(dataclasses.replace(options, teacher=str(tiny_lm)))
     exact = student_of(live)
     assert exact.kl == pytest.approx((np.exp(q) * (q - p)).sum(-1).mean(), abs=1e-4)

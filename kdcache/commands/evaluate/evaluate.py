@@ -9,10 +9,10 @@ Guarantee: cross-entropy and KL are the loss's own (`kdcache.loss`). KL is exact
 and for `dense` caches, and that of the coarsened distribution (one bucket for the tail) for `topk`.
 The teacher's own cross-entropy with the labels is exact for a live teacher and for `dense` caches;
 of others it is what the cache keeps of each label, rounded without bias
-(`kdcache.targets.label_logprob`). Targets of a `sample` cache do not determine its entropy: at one
-temperature a tail id's own probability is not kept, at several only its rounded share. So the soft
-cross-entropy, which exceeds KL by that entropy, is reported instead: it is unbiased, and its
-differences between students are differences in KL.
+(`kdcache.targets.label_logprob`). Samples do not determine the teacher's entropy. At T = 1 the one
+that the cache keeps is subtracted: KL is unbiased. At others, and of older caches, the soft
+cross-entropy, which exceeds KL by that entropy, is reported instead: its differences between
+students are differences in KL.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from kdcache.rows.batches import batches, documents_of
 from kdcache.student.one_answer import OneAnswer
 from kdcache.student.saved import LoadedModel, SavedModel, pick_device
 from kdcache.targets import DenseTargets, Sample, SoftTargets, SparseTargets, with_logits
-from kdcache.targets.label_logprob import decode_logprobs, sum_logprobs
+from kdcache.targets.label_logprob import decode_entropies, decode_logprobs, sum_logprobs
 from kdcache.tasks import CAUSAL_LM, TASKS, positions
 from kdcache.teacher import aligned
 
@@ -73,12 +73,13 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
 @dataclass
 class _Batch:
     """Rows, where their positions are among all that were read at a time, and what is cached of
-    these: soft targets, codes of `label_logprob`."""
+    these: soft targets, codes of `label_logprob` and of entropies."""
 
     rows: list[Row]
     numbers: np.ndarray
     targets: SoftTargets | None = None
     label_logprob: np.ndarray | None = None
+    entropy: np.ndarray | None = None
 
 
 class _Evaluation:
@@ -114,7 +115,7 @@ class _Evaluation:
         self.no_bytes = self._in_bytes(others)
         self.counts = self._zero()  # of the rows that are read or told now
         self.domains: dict[str | None, Counts] = {}
-        self.exact = True
+        self.exact = self.entropies_known = True
 
     def _zero(self) -> Counts:
         """Counts of no rows."""
@@ -165,6 +166,8 @@ class _Evaluation:
                 batch.targets = data.targets.take(numbers)
                 if data.label_logprob is not None:
                     batch.label_logprob = data.label_logprob[numbers]
+                if data.entropy is not None and math.isclose(self.temperature, 1.0):
+                    batch.entropy = data.entropy[numbers]
             yield batch
         if data is not None and data.label_logprob is not None:
             kept = decode_logprobs(data.label_logprob[: offsets[-1]])
@@ -186,7 +189,7 @@ class _Evaluation:
                 self.in_bytes.add(rows, None if unknown else teacher, list(self.logprobs[1:]))
         total = self._zero().merge(self.domains.values())
         models = self.teacher, self.students, self.all_students
-        figures = Figures(self.rows, *models, self.exact)
+        figures = Figures(self.rows, *models, self.exact, self.entropies_known)
         tally = tally_of(total)
         if not total.rows:
             raise UsageError(f"{self.rows.source} has no rows to evaluate on.")
@@ -265,6 +268,12 @@ class _Evaluation:
                     if top is not None:
                         tally.add_agreement(predictions, top)
         assert done == len(labels), "the models answer every position"
+        if not self.exact:  # a cross-entropy, which exceeds KL by the teacher's entropy
+            self.entropies_known = self.entropies_known and batch.entropy is not None
+            if batch.entropy is not None:
+                nats = float(decode_entropies(batch.entropy).sum(dtype=np.float64))
+                for tally in self.counts.students:
+                    tally.soft -= nats
         self.counts.positions += len(labels)
         if TASKS[self.task].words:
             self._add_words(batch.rows, labels, answers)

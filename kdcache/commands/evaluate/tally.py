@@ -59,10 +59,10 @@ class _ModelTally(Tally):
         self.task, self.outputs = task, outputs
         self.logit = float(np.log(threshold) - np.log1p(-threshold))
 
-    def soft_figures(self, *, exact: bool) -> dict[str, float]:
-        """Those against the teacher; `exact` if all its targets were distributions."""
+    def soft_figures(self, *, kl: bool) -> dict[str, float]:
+        """Those against the teacher; `kl` if its entropy was subtracted from `soft`."""
         return {
-            "kl" if exact else "soft_cross_entropy": ratio(self.soft, self.soft_positions),
+            "kl" if kl else "soft_cross_entropy": ratio(self.soft, self.soft_positions),
             "agreement": ratio(self.agreed, self.known),
         }
 
@@ -203,7 +203,7 @@ class ScoreTally(KeptTally):
             "spearman": spearman(answers[:, 0], labels),
         }
 
-    def soft_figures(self, *, exact: bool) -> dict[str, float]:
+    def soft_figures(self, *, kl: bool) -> dict[str, float]:
         """The mean squared difference."""
         return {"teacher_mse": ratio(self.soft, self.soft_positions)}
 
@@ -284,6 +284,7 @@ class Figures:
         students: those that read the rows as they are.
         all_students: all, in the order in which they were named.
         exact: whether all soft targets were distributions, and not samples of them.
+        entropies_known: whether the teacher's entropy is known where they were samples.
     """
 
     rows: EvaluationRows
@@ -291,6 +292,7 @@ class Figures:
     students: Sequence[LoadedModel]
     all_students: Sequence[LoadedModel]
     exact: bool
+    entropies_known: bool
 
     @property
     def soft(self) -> bool:
@@ -330,7 +332,7 @@ class Figures:
         return [found[id(model)] for model in self.all_students]
 
     def _scores(self, model: LoadedModel, tally: ModelTally) -> ModelScores:
-        found = tally.soft_figures(exact=self.exact) if self.soft else {}
+        found = tally.soft_figures(kl=self.entropies_known) if self.soft else {}
         if not self._decides(tally):
             found["agreement"] = math.nan
         saved = model.saved
@@ -391,7 +393,12 @@ class Figures:
         """
         tally = tally_of(counts)
         yield from self.little_learnt(counts).values()
-        if not self.exact and self.students:
+        if self.students and not self.exact and self.entropies_known:
+            yield (
+                "The cache holds samples of the teacher: KL is right on average over their draws, "
+                "not at each position. Use --teacher to measure it exactly."
+            )
+        elif self.students and not self.entropies_known:
             yield (
                 "The cache holds samples of the teacher: soft cross-entropy is KL plus the "
                 "teacher's entropy, so differences in it are differences in KL. Use --teacher to "
