@@ -11,8 +11,9 @@ states of random numbers of the same spread (far). Bytes are those of `fidelity.
 sandbox: the bigram sandbox of arXiv 2509.01649. A chain over 64 ids, half of whose rows are nearly
 uniform; in each sequence five ids have one follower each, drawn for that sequence, which a model
 can only copy from what it has read (an induction head). A teacher of two layers learns by labels;
-students of the same size learn by labels, from the teacher, or from it but for the fifth of the
-positions where it is surest, which take their labels.
+students of the same size learn by labels, from the teacher, from it but for the fifth of the
+positions where it is surest, which take their labels (routed), or from it at a fifth of the
+positions alone, as `train --positions` chooses them.
 
 shares: a claim of SE-KD (arXiv 2602.01395), that the 20 % of positions with the highest entropy of
 the student do as well as all. stories260k is the teacher on novels, its student has two of its
@@ -49,6 +50,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from kdcache import BuildOptions, Cache, DistilledStudent, TargetStream, build
 from kdcache.loss import distillation_loss
 from kdcache.loss.anchor import Anchor
+from kdcache.loss.passes import logit_entropies
+from kdcache.student.positions import PositionFigures, Share
 from kdcache.targets import Codec, DenseTargets, SparseTargets
 from kdcache.tasks import CAUSAL_LM
 
@@ -168,7 +171,9 @@ def gradients(options: argparse.Namespace) -> dict[str, list[list[str]]]:
 
 # --------------------------------------------------------------------------------------- sandbox
 
-IDS, LENGTH, TRIGGERS = 64, 96, 5
+IDS, LENGTH, TRIGGERS, AGAIN = 64, 96, 5, 0.3
+WAYS = ("labels", "soft", "routed", "teacher-entropy", "student-entropy")
+LOOKS = (1 / 3, 1 / 2, 1.0)  # of the steps, at which a model is measured
 
 
 class Sandbox:
@@ -177,8 +182,11 @@ class Sandbox:
     def __init__(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         sharp = torch.where(torch.arange(IDS) % 2 == 0, 0.3, 3.0)[:, None]
-        self.rows = (torch.randn(IDS, IDS, generator=generator) * sharp).softmax(-1)
+        rows = (torch.randn(IDS, IDS, generator=generator) * sharp).softmax(-1)
         self.triggers = torch.randperm(IDS, generator=generator)[:TRIGGERS]
+        # Triggers are a third of what follows, so that there is something to copy.
+        self.rows = rows * (1 - AGAIN)
+        self.rows[:, self.triggers] += AGAIN / TRIGGERS
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Ids [count, LENGTH + 1], and which positions can be copied: bool [count, LENGTH]."""
@@ -189,11 +197,8 @@ class Sandbox:
         for t in range(LENGTH):
             now = ids[:, t]
             free = torch.multinomial(self.rows[now], 1, generator=generator)[:, 0]
-            # Triggers are a third of what follows, so that there is something to copy.
-            again = torch.rand(count, generator=generator) < 0.3
-            pick = self.triggers[torch.randint(TRIGGERS, (count,), generator=generator)]
             fixed = follower.gather(1, now[:, None])[:, 0]
-            ids[:, t + 1] = torch.where(fixed >= 0, fixed, torch.where(again, pick, free))
+            ids[:, t + 1] = torch.where(fixed >= 0, fixed, free)
         now = ids[:, :-1]
         earlier = (now[:, :, None] == now[:, None, :]).tril(-1).any(-1)
         return ids, torch.isin(now, self.triggers) & earlier
@@ -214,67 +219,101 @@ def small(seed: int) -> Any:
     )
 
 
+def logits_of(model: Any, ids: Tensor) -> Tensor:
+    """Of all positions, [positions, IDS]."""
+    found: Tensor = model(input_ids=ids[:, :-1], use_cache=False).logits.flatten(0, 1)
+    return found
+
+
+def loss_of(how: str, own: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
+    """The mean loss of logits [n, IDS] by one of `WAYS`; of a share, over its positions."""
+    hard = nn.functional.cross_entropy(own, labels, reduction="none")
+    if how == "labels":
+        return hard.mean()
+    p = teacher.softmax(-1)
+    soft = -(p * own.log_softmax(-1)).sum(-1)
+    entropy = torch.special.entr(p).sum(-1)
+    if how == "routed":
+        return torch.where(entropy <= entropy.quantile(0.2), hard, soft).mean()
+    if how == "soft":
+        return soft.mean()
+    figures = PositionFigures(len(own), entropy, None, lambda: logit_entropies(own.detach()))
+    return soft[Share(how, 0.2).indices(figures)].mean()  # type: ignore[arg-type]
+
+
 def learn(
     sandbox: Sandbox, seed: int, steps: int, how: str, teacher: Any = None
 ) -> tuple[Any, dict[str, float]]:
-    """A model, and what it knows at a half and at the end of its steps."""
+    """A model, and what it knows at some of its steps."""
     model, generator = small(seed), torch.Generator().manual_seed(1000 + seed)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.98), weight_decay=0.0)
     found = {}
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50) * (1 - step / steps)
+        decay = min(1.0, 4 * (1 - step / steps))  # over the last quarter
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50) * decay
         ids, _ = sandbox.draw(32, generator)
-        labels = ids[:, 1:].flatten()
-        own = model(input_ids=ids[:, :-1], use_cache=False).logits.flatten(0, 1)
-        loss = nn.functional.cross_entropy(own, labels, reduction="none")
-        if how != "labels":
-            with torch.no_grad():
-                p = teacher(input_ids=ids[:, :-1], use_cache=False).logits.flatten(0, 1).softmax(-1)
-            soft = -(p * own.log_softmax(-1)).sum(-1)
-            entropy = torch.special.entr(p).sum(-1)
-            sure = entropy <= entropy.quantile(0.2) if how == "routed" else torch.zeros(1).bool()
-            loss = torch.where(sure, loss, soft)
-        loss.mean().backward()
+        own = logits_of(model, ids)
+        with torch.no_grad():
+            theirs = own if teacher is None else logits_of(teacher, ids)
+        loss_of(how, own, ids[:, 1:].flatten(), theirs).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step + 1 in (steps // 2, steps):
-            found |= {f"{k}@{step + 1}": v for k, v in known(sandbox, model).items()}
+        if step + 1 in [round(look * steps) for look in LOOKS]:
+            known_now = known(sandbox, model, teacher)
+            found |= {f"{key}@{step + 1}": value for key, value in known_now.items()}
+            print(how, seed, found, flush=True)
     return model.eval(), found
 
 
 @torch.no_grad()
-def known(sandbox: Sandbox, model: Any) -> dict[str, float]:
-    """Of what can be copied the share that is right and the nats, and of the chain the nats."""
-    ids, copied = sandbox.draw(128, torch.Generator().manual_seed(7))
-    own = model(input_ids=ids[:, :-1], use_cache=False).logits.log_softmax(-1)
-    labels = ids[:, 1:]
-    nats = -own.gather(-1, labels[..., None])[..., 0]
-    chain = ~torch.isin(ids[:, :-1], sandbox.triggers)
-    return {
-        "right": float((own.argmax(-1) == labels)[copied].float().mean()),
-        "copy": float(nats[copied].mean()),
-        "chain": float(nats[chain].mean()),
+def known(sandbox: Sandbox, model: Any, teacher: Any) -> dict[str, float]:
+    """Of what can be copied the share that is right, and KL in nats: from the truth where it can be
+    copied and along the chain, and from the teacher at all positions.
+    """
+    ids, copied = sandbox.draw(256, torch.Generator().manual_seed(7))
+    copied, now, labels = copied.flatten(), ids[:, :-1].flatten(), ids[:, 1:].flatten()
+    own = logits_of(model, ids).log_softmax(-1)
+    chain = ~torch.isin(now, sandbox.triggers)
+    truth = sandbox.rows[now[chain]]
+    found = {
+        "copied right": float((own.argmax(-1) == labels)[copied].float().mean()),
+        "KL, copied": float(-own.gather(-1, labels[:, None])[copied].mean()),
+        "KL, chain": float((truth * (truth.log() - own[chain])).sum(-1).mean()),
     }
+    if teacher is not None:
+        theirs = logits_of(teacher, ids).log_softmax(-1)
+        found["KL, teacher"] = float((theirs.exp() * (theirs - own)).sum(-1).mean())
+    return found
 
 
 def sandbox_part(options: argparse.Namespace, out: Path) -> Found:
     """What teachers and students know, by way of learning."""
     found: Found = {}
-
-    def one(seed: int) -> dict[str, dict[str, float]]:
-        sandbox = Sandbox(seed)
-        teacher, own = learn(sandbox, 100 + seed, options.teacher_steps, "labels")
-        runs = {"teacher, by labels": own}
-        for how in ("labels", "soft", "routed"):
-            runs[how] = learn(sandbox, seed, options.steps, how, teacher)[1]
-        return runs
-
     for seed in SEEDS:
-        name = f"sandbox-{options.teacher_steps}-{options.steps}-{seed}.json"
-        for how, values in kept(out / name, lambda seed=seed: one(seed)).items():
+        sandbox, name = Sandbox(seed), f"sandbox-{options.teacher_steps}"
+        folder = out / f"{name}-teacher-{seed}"
+
+        def taught(to: Path = folder, box: Sandbox = sandbox, own: int = 100 + seed) -> Any:
+            model, values = learn(box, own, options.teacher_steps, "labels")
+            model.save_pretrained(to)
+            return values
+
+        runs = {"teacher, by labels": kept(out / f"{folder.name}.json", taught)}
+        teacher = LlamaForCausalLM.from_pretrained(folder).eval()
+        for how in WAYS:
+            path = out / f"{name}-{options.steps}-{how}-{seed}.json"
+
+            def one(
+                way: str = how, box: Sandbox = sandbox, own: int = seed, by: Any = teacher
+            ) -> Any:
+                return learn(box, own, options.steps, way, by)[1]
+
+            runs[how] = kept(path, one)
+        for how, values in runs.items():
             for key, value in values.items():
-                found.setdefault(how, {}).setdefault(key, []).append(value)
+                figure, _, steps = key.partition("@")
+                found.setdefault(f"{how}, {steps} steps", {}).setdefault(figure, []).append(value)
     return found
 
 
@@ -314,8 +353,6 @@ def rule(name: str, seed: int) -> Any:
 
 def student_of(options: argparse.Namespace, name: str, seed: int) -> DistilledStudent:
     """The teacher without its second and fourth layer."""
-    from kdcache.student.positions import Share
-
     model = AutoModelForCausalLM.from_pretrained(options.stories, dtype=torch.float32)
     model.model.layers = nn.ModuleList(model.model.layers[i] for i in (0, 2, 4))
     model.config.num_hidden_layers = 3
@@ -404,8 +441,8 @@ def main() -> None:
     parser.add_argument("--smollm2", help="folder of SmolLM2-135M")
     parser.add_argument("--stories", help="folder of stories260k")
     parser.add_argument("--part", default="gradients,sandbox,shares")
-    parser.add_argument("--teacher-steps", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--teacher-steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--share-steps", type=int, default=200)
     parser.add_argument("--markdown", action="store_true", help="keep the result in RESULTS.md")
     options = parser.parse_args()
