@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Final, Literal, TypeVar, get_args
 
 from kdcache.errors import UsageError
@@ -294,6 +295,14 @@ def check_position_share(figure: str, share: float, given: str) -> None:
             f"{given}, expected {', '.join(get_args(PositionFigure))} and a share above 0, at "
             "most 1, such as student-entropy:0.2."
         )
+
+
+def share_of(number: int, share: float) -> int:
+    """That share of a number, 0 to 1, rounded with a half upwards, and 1 at least.
+
+    Of the share as it is written: in binary 0.29 of 50 falls short of 14.5.
+    """
+    return max(1, int(Fraction(str(float(share))) * number + Fraction(1, 2)))
 
 
 def check_task(task: str) -> None:

@@ -69,6 +69,7 @@ def test_entropies_of_logits_of_any_kind() -> None:
         (0.2, [1, 5, 3, 3, 0], [1]),
         (0.4, [3, 1, 3, 3, 0], [0, 2]),  # of equal ones the earlier
         (0.5, [0, 0, 0], [0, 1]),  # 1.5 is rounded up
+        (0.29, [0] * 50, list(range(15))),  # 14.5, which is less in binary
         (0.01, [1, math.inf], [1]),  # at least one
         (1.0, [2, 1], [0, 1]),
         (0.3, [], []),

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from kdcache.errors import UsageError
 from kdcache.student.padding import pick
-from kdcache.tasks import TASKS, PositionFigure, check_position_share
+from kdcache.tasks import TASKS, PositionFigure, check_position_share, share_of
 from kdcache.teacher.projection import Projection
 
 
@@ -103,9 +103,8 @@ class Share:
     def indices(self, figures: PositionFigures) -> Tensor:
         """int64 [k], rising: which positions those are."""
         values: Tensor = getattr(figures, self.figure.replace("-", "_"))
-        number = max(int(self.share * figures.number + 0.5), 1)
         order = values.sort(descending=True, stable=True).indices
-        return order[:number].sort().values
+        return order[: share_of(figures.number, self.share)].sort().values
 
 
 PositionRule: TypeAlias = Share | Callable[[PositionFigures], Tensor]
