@@ -153,3 +153,13 @@ def test_golden_entropies_are_read(name: str) -> None:
         if codes is not None:
             want = [c**2 / 4096 for c in shard["entropy"]]
             np.testing.assert_allclose(decode_entropies(codes), want, rtol=1e-6)
+
+
+def test_golden_sums_of_answers_are_read(name: str) -> None:
+    cache = Cache.open(str(GOLDEN / name))
+    for span, shard in enumerate(EXPECTED[name]["shards"]):
+        sums = cache.read(span).answer_logprob
+        assert (sums is not None) == ("answer_logprob" in shard), "older ones have none"
+        if sums is not None:
+            want = [-np.inf if x is None else x for x in shard["answer_logprob"]]
+            np.testing.assert_allclose(sums, want, atol=1e-4)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.cache.cache import Cache
+from kdcache.cache.columns import answer_sums
 from kdcache.cache.manifest import SPAN_FACTS, ShardEntry
 from kdcache.cache.sandbox import Sandbox
 from kdcache.cache.shard import ShardData, check_ids, read_counts
@@ -26,7 +27,7 @@ from kdcache.cache.spec import CacheSpec
 from kdcache.cache.store import ShardStore
 from kdcache.errors import CorruptCacheError, KdcacheError
 from kdcache.targets import AnchoredTargets, DenseTargets, HiddenTargets
-from kdcache.targets.label_logprob import sum_logprobs
+from kdcache.targets.label_logprob import SCALE, decode_logprobs, sum_logprobs
 
 _VALUES = 1 << 24  # decoded at a time
 # Scratch, logs, and what a hub keeps beside: nothing reads them.
@@ -126,6 +127,26 @@ def check_shard(
                 raise CorruptCacheError(
                     f"its labels' log-probabilities add up to {sums}, the manifest says otherwise."
                 )
+            if data.answer_logprob is not None and codes is not None:
+                _check_sums(data.answer_logprob, data, codes)
+
+
+def _check_sums(sums: np.ndarray, data: ShardData, codes: np.ndarray) -> None:
+    """Refuse sums of answers that the codes of their labels cannot have come from."""
+    levels = codes.astype(np.float64)
+    # A code stands for a value less than a step away; the last one also for any value below it.
+    low, high = (
+        answer_sums(data.every_label, data.offsets, values + sign * (2 * levels + 1) / SCALE)
+        for values, sign in ((decode_logprobs(codes), -1), (-(levels**2) / SCALE, 1))
+    )
+    slack = 1e-6 * np.abs(high)  # of float32
+    wrong = (sums + slack < low) | (sums - slack > high)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise CorruptCacheError(
+            f"the answer in its row {row} has a log-probability of {sums[row]:g}, and its labels "
+            f"{low[row]:g} to {high[row]:g}."
+        )
 
 
 def check_values(data: ShardData, spec: CacheSpec) -> None:

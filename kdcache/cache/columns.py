@@ -188,6 +188,16 @@ class Numbers(Column):
         return values.astype(self.dtype, copy=False)
 
 
+def extra(
+    name: str,
+    axis: str,
+    dtype: str,
+    check: Callable[[OpenRows, np.ndarray], None] | None = None,
+) -> Numbers:
+    """A column that a cache keeps besides those of its task, and no single row has."""
+    return Numbers(axis, name=name, when=name, dtype=dtype, check=check)
+
+
 @dataclass(frozen=True)
 class Offsets(Column):
     """Where each row begins on the axis, int64 [rows + 1]; files have the length of each row.
@@ -422,6 +432,14 @@ def check_first(rows: OpenRows, flags: np.ndarray) -> None:
         raise CorruptCacheError(f"{rows.path}: a first token of column first_tokens has no label.")
 
 
+def check_sums(rows: OpenRows, values: np.ndarray) -> None:
+    """Refuse sums of log-probabilities that cannot be."""
+    if not (values <= 0).all():  # nor NaN
+        raise CorruptCacheError(
+            f"{rows.path}: column answer_logprob has a number that is not <= 0."
+        )
+
+
 def first_of_rows(part: Any) -> np.ndarray:
     """bool [tokens]: the first token of each row, where the one document of a row begins."""
     starts = np.zeros(len(part.input_ids), np.bool_)
@@ -434,6 +452,25 @@ def offsets_of(sizes: Any) -> np.ndarray:
     offsets = np.zeros(len(sizes) + 1, np.int64)
     np.cumsum(sizes, out=offsets[1:])
     return offsets
+
+
+def answer_sums(labels: np.ndarray, offsets: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Of each row the sum over its answer: the last of its labels that follow each other.
+
+    Args:
+        labels: int32 [tokens].
+        offsets: int64 [rows + 1], where each row's tokens begin.
+        values: one of each label.
+
+    Returns:
+        float64 [rows], 0 of a row without labels.
+    """
+    there = np.flatnonzero(labels != IGNORE)
+    ends = np.searchsorted(there, offsets)
+    begins = np.append(-1, np.flatnonzero(np.diff(there, prepend=-2) > 1))  # after a gap
+    last = begins[np.searchsorted(begins, ends[1:]) - 1]
+    stretches = zip(np.maximum(last, ends[:-1]).tolist(), ends[1:].tolist(), strict=True)
+    return np.array([values[a:b].sum(dtype=np.float64) for a, b in stretches], np.float64)
 
 
 def narrow(ids: np.ndarray) -> np.ndarray:

@@ -34,8 +34,11 @@ from kdcache.cache.columns import (
     OpenRows,
     Texts,
     Words,
+    answer_sums,
     check_first,
     check_starts,
+    check_sums,
+    extra,
     first_of_rows,
     offsets_of,
 )
@@ -87,6 +90,8 @@ class ShardData(Columns):
         hard_labels: int32 [tokens], labels of tokens that have no soft target since their teacher
             was sure, -100 elsewhere; None of a cache that keeps the targets of all.
         hard_logprob: uint16, their `label_logprob`, or None likewise.
+        answer_logprob: float32 [rows], the sum of the teacher's log-probabilities of each row's
+            answer, see `answer_sums`, before they became codes; None where the cache keeps none.
         starts: bool [tokens], where a document begins that attends to no other one of its row, or
             None where rows are not divided.
         texts: the text of each row, or None where the task keeps none.
@@ -113,23 +118,21 @@ class ShardData(Columns):
         np.ndarray | None, Numbers("source", "source", "source_ids", when="source", kinds=IDS)
     ] = None
     labels: Annotated[np.ndarray, LabelColumn("label", "labels", "labels")]
-    label_logprob: Annotated[
-        np.ndarray | None,
-        Numbers("position", name="label_logprob", when="label_logprob", dtype="uint16"),
-    ] = None
+    label_logprob: Annotated[np.ndarray | None, extra("label_logprob", "position", "uint16")] = None
     writer_logprob: Annotated[
         np.ndarray | None,
         Numbers("position", *["writer_logprob"] * 2, when=None, dtype="uint16"),
     ] = None
-    entropy: Annotated[
-        np.ndarray | None, Numbers("position", name="entropy", when="entropy", dtype="uint8")
-    ] = None
+    entropy: Annotated[np.ndarray | None, extra("entropy", "position", "uint8")] = None
     hard_labels: Annotated[
         np.ndarray | None, HardLabels("token", name="hard_label", when="hard_labels", fill=IGNORE)
     ] = None
     hard_logprob: Annotated[
         np.ndarray | None,
         Numbers("hard", name="hard_logprob", when="hard_labels", fill=0, dtype="uint16"),
+    ] = None
+    answer_logprob: Annotated[
+        np.ndarray | None, extra("answer_logprob", "row", "float32", check_sums)
     ] = None
     starts: Annotated[
         np.ndarray | None,
@@ -162,14 +165,18 @@ class ShardData(Columns):
         targets: SoftTargets,
         label_logprob: np.ndarray | None = None,
         entropy: np.ndarray | None = None,
+        answer_logprob: np.ndarray | None = None,
     ) -> ShardData:
-        """Gather rows into columns; targets and what is of positions have these in order."""
+        """Gather rows into columns; targets and what is of positions have these in order, as has
+        `answer_logprob` the log-probabilities whose sums are kept."""
         columns = cls.of_rows(rows, task, targets.codec.vocab_size)
         columns |= {"label_logprob": label_logprob, "entropy": entropy}
         data = cls(task=task, targets=targets, **columns)
-        assert len(targets) == data.position_offsets[-1], "one soft target a position"
-        for kept in (label_logprob, entropy):
-            assert kept is None or len(kept) == len(targets), "one a position"
+        for values in (targets, label_logprob, entropy, answer_logprob):
+            assert values is None or len(values) == data.position_offsets[-1], "one a position"
+        if answer_logprob is not None:
+            exact = np.minimum(answer_logprob, 0)  # but for rounding
+            data.answer_logprob = answer_sums(data.labels, data.offsets, exact).astype(np.float32)
         return data
 
     @cached_property

@@ -28,7 +28,7 @@ from kdcache.errors import CorruptCacheError, UsageError
 from kdcache.humanize import redacted
 from kdcache.storage import LocalStorage, Storage, redact
 from kdcache.targets import Codec, Dense
-from kdcache.tasks import TASKS
+from kdcache.tasks import CAUSAL_LM, TASKS
 
 FORMAT = 1
 GENERATED = "generated"
@@ -126,6 +126,7 @@ class CacheSpec(Spec):
             floats.
         label_logprob: whether shards keep the teacher's log-probability of each label.
         entropy: whether they keep its entropy at each position.
+        answer_logprob: whether they keep the sum of its log-probabilities of each row's answer.
         source: `codec` and `digest` of the cache whose targets were encoded anew; None of a build.
         output_layer: SHA-256 of the file of the teacher's output layer, where targets are hidden
             states; else None.
@@ -155,6 +156,7 @@ class CacheSpec(Spec):
     levels: bool = False
     label_logprob: bool = False
     entropy: bool = False
+    answer_logprob: bool = False
     source: Mapping[str, Any] | None = None
     output_layer: str | None = None
     domains: tuple[Mapping[str, Any], ...] = ()
@@ -189,6 +191,9 @@ class CacheSpec(Spec):
         if not wrong and values.get("positions"):
             whole = values.get("entropy") and values.get("label_logprob")
             wrong = [] if whole and TASKS[values["task"]].causal else ["positions"]
+        if not wrong and values.get("answer_logprob"):
+            summed = values.get("label_logprob") and values["task"] == CAUSAL_LM
+            wrong = [] if summed else ["answer_logprob"]
         if wrong:
             odd = ", ".join(f"{name} is {_short(values.get(name))}" for name in wrong)
             raise CorruptCacheError(f"invalid values in spec.json: {odd}.")
@@ -241,6 +246,7 @@ class CacheSpec(Spec):
         chosen = {
             "label_logprob": self.label_logprob,
             "entropy": self.entropy,
+            "answer_logprob": self.answer_logprob,
             "starts": self.apart,
             "hard_labels": self.positions is not None,
         }
@@ -271,12 +277,11 @@ class CacheSpec(Spec):
 
     def in_form_of(self, begun: CacheSpec) -> CacheSpec:
         """See `Spec.in_form_of`."""
-        return replace(
-            self, levels=self.levels and begun.levels, entropy=self.entropy and begun.entropy
-        )
+        later = ("levels", "entropy", "answer_logprob")
+        return replace(self, **{n: getattr(self, n) and getattr(begun, n) for n in later})
 
 
-_FLAGS = ("levels", "label_logprob", "entropy")
+_FLAGS = ("levels", "label_logprob", "entropy", "answer_logprob")
 _OPTIONAL = {*_FLAGS, "ranks", "source", "output_layer", "domains", "positions"}
 
 

@@ -3,8 +3,9 @@
 Pairs (`--layout dpo CHOSEN REJECTED`): row i of both caches is one prompt, with a preferred answer
 and with another one. The last run of labels in a row is its answer; all before it is the prompt,
 which must be the same in both. Reference log-probabilities are sums over the answer's labels at
-T = 1: of the logits that two `dense` or `hidden` caches give, else of `label_logprob`, whose
-rounding errors a sum adds up (docs/guide.md has how large they are).
+T = 1, as `answer_logprob` has them. Of caches without it, of earlier versions, they are made of the
+logits that two `dense` or `hidden` caches give, else of `label_logprob`, whose rounding errors add
+up.
 
 Documents (`--layout documents LARGE SMALL`): of each the mean over its labels of LARGE's
 log-probability less SMALL's, in nats a token. Large values are text that a large model has learnt
@@ -23,7 +24,7 @@ from __future__ import annotations
 import heapq
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +36,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdcache.cache import Cache, CacheSpec
+from kdcache.cache.columns import answer_sums
 from kdcache.cache.shard import ShardData
 from kdcache.commands.options import ExportOptions
 from kdcache.errors import UsageError
@@ -43,7 +45,7 @@ from kdcache.stream.checks import check_every_position
 from kdcache.stream.shard_rows import ShardRows, by_document
 from kdcache.targets import DenseTargets, with_logits
 from kdcache.targets.label_logprob import IMPOSSIBLE, SCALE, decode_logprobs
-from kdcache.tasks import CAUSAL_LM, IGNORE
+from kdcache.tasks import CAUSAL_LM, IGNORE, share_of
 
 Floats = npt.NDArray[np.float64]
 
@@ -182,7 +184,9 @@ class PairWriter(TwoCaches):
         if "concat" in (one.packing, other.packing) or "split" in (one.packing, other.packing):
             raise self._apart("rows that are not one record each")
         self.positions = sum(cache.manifest.positions for cache in self._both)
-        self._soft = all(map(_exact, self._both))
+        # Targets are read where the sums are of logits: of older caches, if both have them.
+        kept = [cache.spec.answer_logprob for cache in self._both]
+        self._soft = not all(kept) and all(map(_exact, self._both))
 
     def measure(self, folder: Path) -> None:
         """See `TwoCaches.measure`: prompts must be the same, and each answer possible."""
@@ -192,10 +196,10 @@ class PairWriter(TwoCaches):
             for row, (one, other) in enumerate(zip(*sides, strict=True), first):
                 if not np.array_equal(one[0], other[0]):
                     raise self._apart(f"different prompts in row {row} (do they end with a token?)")
-            for cache, data, side in zip(self._both, both, sides, strict=True):
+            for cache, data in zip(self._both, both, strict=True):
                 if data.starts is not None and int(data.starts.sum()) > len(data):
                     raise self._apart("documents that do not see each other in one row")
-                sums = _sums(data, [answer for _, answer in side], _coded(data))
+                sums = _sums(data, _coded)
                 if np.isinf(sums).any():
                     row = first + int(np.isinf(sums).argmax())
                     raise UsageError(
@@ -208,7 +212,7 @@ class PairWriter(TwoCaches):
         sides = []
         for data in self.pair(span, self._soft):
             prompts, answers = zip(*map(_answer, *_rows(data)), strict=True)
-            sides.append((prompts, answers, _sums(data, answers, _logprobs(data))))
+            sides.append((prompts, answers, _sums(data, _logprobs)))
         (prompts, chosen, chosen_logps), (_, rejected, rejected_logps) = sides
         return _table(self.schema, prompts, chosen, rejected, chosen_logps, rejected_logps)
 
@@ -245,10 +249,11 @@ def _answer(ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return every[:begin], every[begin:]
 
 
-def _sums(data: ShardData, answers: Sequence[np.ndarray], logprobs: Floats) -> Floats:
-    """Of each row what its answer, the last of its labels, has of all labels' log-probabilities."""
-    ends = data.position_offsets[1:].tolist()
-    return np.array([logprobs[b - len(a) : b].sum() for a, b in zip(answers, ends, strict=True)])
+def _sums(data: ShardData, logprobs: Callable[[ShardData], Floats]) -> Floats:
+    """The log-probability of each row's answer: as it is kept, or of those of all labels."""
+    if data.answer_logprob is not None:
+        return data.answer_logprob.astype(np.float64)
+    return answer_sums(data.labels, data.offsets, logprobs(data))
 
 
 def _coded(data: ShardData) -> Floats:
@@ -333,7 +338,7 @@ class DocumentWriter(TwoCaches):
 
     def _threshold(self, values: Floats, ordered: Floats) -> tuple[float, int]:
         """The smallest difference that is written, and the last document of that difference."""
-        count = max(1, int(len(values) * (1.0 if self.share is None else self.share) + 0.5))
+        count = share_of(len(values), 1.0 if self.share is None else self.share)
         least = float(ordered[-count])
         equal = count - (len(values) - int(np.searchsorted(ordered, least, "right")))
         for begin in range(0, len(values), _DOCUMENTS):

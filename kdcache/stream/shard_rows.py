@@ -102,7 +102,7 @@ def by_document(data: ShardData) -> ShardData:
     if data.starts is None:
         return data
     begins = np.append(np.flatnonzero(data.starts), len(data.input_ids))
-    return replace(data, offsets=begins.astype(np.int64), starts=None)
+    return replace(data, offsets=begins.astype(np.int64), starts=None, answer_logprob=None)
 
 
 Part = TypeVar("Part", bound=Columns)

@@ -6,8 +6,9 @@ They are the promise that later versions read what earlier ones wrote, so they a
 what comes later adds folders of its own beside them, and only those that are missing are made.
 Caches of ten rows in one shard; the rows and logits below are no one's teacher's. Those in `KEEP`
 have the log-probabilities of the labels, those in `ENTROPY` the teacher's entropies, those in
-`LEVELS` levels of one byte, the rows of those in `APART` hold documents that do not attend to each
-other, and those in `DOMAINS` have shards of corpora with names; the others are older than that.
+`ANSWERS` sums of the former, those in `LEVELS` levels of one byte, the rows of those in `APART`
+hold documents that do not attend to each other, and those in `DOMAINS` have shards of corpora with
+names; the others are older than that.
 `expected.json` holds what the caches must give,
 taken from the rows themselves and, for the targets, from what the codecs read right after
 they had written: `test_targets.py` is what says that these are right.
@@ -61,6 +62,7 @@ CACHES = {
     "anchored-1-2": ("causal-lm", "anchored:5", (1.0, 2.0)),
     "label-logprob": ("causal-lm", "sample:5", (1.0, 2.0)),
     "entropy": ("causal-lm", "sample:5", (1.0,)),
+    "answers": ("causal-lm", "topk:2", (1.0,)),
     "documents": ("causal-lm", "topk:4", (1.0,)),
     "domains": ("causal-lm", "topk:4", (1.0,)),
     "words": ("token-classification", "dense", (1.0,)),
@@ -69,9 +71,10 @@ CACHES = {
     "masked": ("masked-lm", "sample:5", (1.0, 2.0)),
     "pairs": ("seq2seq-lm", "sample:5", (1.0, 2.0)),
 }
-KEEP = {"label-logprob", "masked", "pairs", "entropy"}
+KEEP = {"label-logprob", "masked", "pairs", "entropy", "answers"}
 ENTROPY = {"entropy"}
-LEVELS = {"topk-levels"}
+ANSWERS = {"answers"}
+LEVELS = {"topk-levels", "answers"}
 APART = {"documents"}
 DOMAINS = {"domains": (("web", 6), ("code", 3), ("web", 1))}  # and rows of the shard of each
 PAIRS = {"seq2seq-lm": {"max_source_length": 8, "decoder_start": 0}}
@@ -176,6 +179,7 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
         levels=folder.name in LEVELS,
         label_logprob=folder.name in KEEP,
         entropy=folder.name in ENTROPY,
+        answer_logprob=folder.name in ANSWERS,
         output_layer=hashlib.sha256(layer).hexdigest() if layer else None,
         domains=tuple({"name": name, "spans": 1} for name, _ in domains),
     )
@@ -209,7 +213,11 @@ def make(folder: Path, task: str, codec: str, temperatures: tuple[float, ...]) -
                 found, position_uniform(0, span, np.arange(n), 0, stream=2)
             )
             kept |= {"entropy": entropies.tolist()}
-        data = ShardData.from_rows(task, rows, targets, codes, entropies)
+        of_answers = logprobs if spec.answer_logprob else None
+        data = ShardData.from_rows(task, rows, targets, codes, entropies, of_answers)
+        if data.answer_logprob is not None:
+            sums = data.answer_logprob.tolist()
+            kept |= {"answer_logprob": [None if np.isinf(x) else round(x, 4) for x in sums]}
         entries.append(cache.commit(span, data))
         expected.append(
             {

@@ -289,7 +289,7 @@ def measured_before(out: str, spec: CacheSpec) -> CacheSpec | None:
     found = dataclasses.replace(spec, output_layer=sha256, positions=positions)
     here = sha256 is None or storage.exists(f"output_layer-{sha256[:16]}.safetensors")
     hidden = isinstance(spec.make_codec(), Hidden)
-    same = hidden == (sha256 is not None) and not there.differences(found)
+    same = hidden == (sha256 is not None) and not there.differences(found.in_form_of(there))
     return found if here and same else None
 
 
@@ -422,7 +422,7 @@ def dry_run(options: BuildOptions) -> DryRun:
         mine = dataclasses.replace(spec, output_layer=there.spec.output_layer)
         if spec.positions is not None:
             mine = measured_before(options.out, spec) or spec
-        same = mine.fingerprint == there.spec.fingerprint
+        same = mine.in_form_of(there.spec).fingerprint == there.spec.fingerprint
         state, done = ("this build", len(there.committed())) if same else ("another build", 0)
     return DryRun(
         cache=redact(options.out),

@@ -104,17 +104,18 @@ class Packed(NamedTuple):
 def codes_of(
     values: Mapping[str, Tensor], noise: Callable[..., np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Codes of what `of_positions` found, by column.
+    """Codes of what `of_positions` found, by column; and of what `answer_logprob` is the sum.
 
     Args:
         values: float32 [n], on the CPU.
         noise: the positions' numbers, asked as `Positions.noise` is.
     """
-    return {
+    codes = {
         name: encode(values[name].numpy(), noise(stream=stream))
         for name, (encode, stream) in _KEPT.items()
         if name in values
     }
+    return codes | ({"answer_logprob": values["label_logprob"].numpy()} if codes else {})
 
 
 def packing_threads(device: str, cores: int) -> int:
@@ -198,7 +199,8 @@ def in_row_order(
     """
     if not packed:
         return SoftTargets.empty(codec), {
-            name: encode([], []) for name, (encode, _) in _KEPT.items()
+            **{name: encode([], []) for name, (encode, _) in _KEPT.items()},
+            "answer_logprob": np.zeros(0, np.float32),
         }
     order = np.concatenate(numbers)
     inverse = np.empty(len(order), np.int64)

@@ -43,7 +43,7 @@ from kdcache.pretrained import tokenizer_sha256
 from kdcache.rows import Row, RowSpec, make_encoder
 from kdcache.storage import redact
 from kdcache.targets import Codec
-from kdcache.tasks import TASKS
+from kdcache.tasks import CAUSAL_LM, TASKS
 from kdcache.teacher import EngineOptions, TeacherFiles, TeacherOptions
 from kdcache.teacher.load import check_states
 
@@ -227,6 +227,7 @@ def prepare(options: BuildOptions) -> Prepared:
         levels=codec.levels,
         label_logprob=task.over_ids,
         entropy=task.over_ids,
+        answer_logprob=options.task == CAUSAL_LM and rows.packing in ("none", "whole"),
         domains=tuple(corpus.domains),
         # The code is measured before the first shard.
         positions={"share": options.positions, "entropy_code": 0} if options.positions else None,

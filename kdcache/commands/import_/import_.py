@@ -105,6 +105,7 @@ def _plan(options: ImportOptions) -> ShardPlan:
         seed=0,
         ranks=hashlib.sha256(ranks).hexdigest() if ranks else None,
         label_logprob=source.columns.logprob in columns,
+        answer_logprob=source.columns.logprob in columns,
         domains=tuple(corpus.domains),
     )
     teachers = [redact(options.teacher)] if options.teacher else about.get("teachers") or []

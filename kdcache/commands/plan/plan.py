@@ -240,7 +240,7 @@ class SamplePass:
         """Write the sample with one codec and collect its figures."""
         targets = SoftTargets.concat(trial.parts)
         trial.parts.clear()
-        names = self.kept[0] if self.kept else ()
+        names = self.kept[0].keys() & self.prepared.spec.kept if self.kept else ()
         kept = {name: np.concatenate([part[name] for part in self.kept]) for name in names}
         data = ShardData.from_rows(self.prepared.spec.task, self.rows, targets, **kept)
         write_shard(path, data, attributes={})
