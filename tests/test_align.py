@@ -19,9 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kdcache.align import Aligner, Alignment, CachedRow, TokenBytes, label_bytes
 from kdcache.align.aligner import settled, texts_in
-from kdcache.cache import Cache
 from kdcache.errors import UsageError
-from kdcache.stream.text import cached_rows
 from kdcache.tasks import IGNORE
 
 HERE = Path(__file__).parent / "tiny_tokenizers"
@@ -202,15 +200,6 @@ def test_the_trial_finds_what_the_structure_does_not_show() -> None:
         TokenBytes(fast(Tokenizer.from_str(json.dumps(state))))
 
 
-def test_text_that_is_not_composed_keeps_its_bytes_under_nfc() -> None:
-    state = json.loads((HERE / "bytes" / "tokenizer.json").read_text())
-    state["normalizer"] = {"type": "NFC"}
-    tokens = TokenBytes(fast(Tokenizer.from_str(json.dumps(state)), eos_token="<|end|>"))
-    text = "n\u0303a"
-    (ids,) = tokens.tokenise([text], opens=True)
-    assert tokens.text_bytes(ids, text.encode()) is not None
-
-
 # Rows of documents, and what must come of them, found slowly
 
 
@@ -371,17 +360,6 @@ def test_chunks_and_labels_are_those_that_single_bytes_show(a: str, b: str, data
     own[0] = False  # in the middle of a document, as far as the row shows
     (found,) = Aligner(teacher, student).align([row])
     check_against_bytes(teacher, student, row, own, likes_of(teacher, student), found)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_with_one_tokenizer_on_both_sides_each_token_is_a_chunk(name: str) -> None:
-    tokens = table(name)
-    ids, _ = row_of(tokens, ["The boat saw the cat.", "A cat, 12 boats; \U0001f469 and more"])
-    (found,) = Aligner(tokens, tokens).align([cached(ids, opens=True)])
-    assert found.input_ids.tolist() == ids[:-1].tolist()
-    assert found.labels.tolist() == ids[1:].tolist()
-    each = [[i, i + 1] for i in range(len(ids) - 1)]
-    assert found.teacher_spans.tolist() == found.student_spans.tolist() == each
 
 
 def test_the_first_token_after_a_prompt_and_one_across_its_end() -> None:
@@ -607,25 +585,3 @@ def test_an_id_without_a_token_is_no_text() -> None:
         assert (sizes[~is_text] == 0).all()
         with pytest.raises(UsageError, match=f"a row holds {stray}, which .* without such rows"):
             Aligner(tokens, table("bytes")).align([row])
-
-
-@pytest.mark.slow
-def test_rows_of_a_cache(lm_caches: dict[str, str]) -> None:
-    """Every chunk has a likelihood, and the texts come back from a cache."""
-    cache = Cache.open(lm_caches["topk:8"])
-    teacher, student = TokenBytes(cache.tokenizer()), table("pieces")
-    data = cache.read(0)
-    rows = cached_rows(cache, data)
-    assert len(rows) == len(data)
-    found = Aligner(teacher, student).align(rows)
-    for index, (row, own) in enumerate(zip(rows, found, strict=True)):
-        labels = int((row.labels != IGNORE).sum())
-        assert data.position_offsets[index + 1] - data.position_offsets[index] == labels
-        assert own.lost == 0
-        assert own.teacher_spans.max(initial=0) <= labels
-        assert own.student_spans.max(initial=0) <= (own.labels != IGNORE).sum()
-        text = teacher.decode(row.input_ids, np.zeros(len(row.input_ids), bool))[0]
-        theirs = student.decode(own.input_ids, np.zeros(len(own.input_ids), bool))[0]
-        assert text.startswith(theirs[:10]) or text.startswith(theirs[1:10])
-    chunks = sum(int(own.chunk_bytes.sum()) for own in found)
-    assert 0.8 < chunks / sum(len(teacher.decode(row.input_ids)[0]) for row in rows) < 1.02

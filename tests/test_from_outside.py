@@ -166,7 +166,10 @@ def test_what_a_seal_names_is_a_file(tmp_path: Path) -> None:
 
 # Processes
 
-PLANTED = ("psutil", "json", "select", "os", "torch", "numpy", "kdcache", "ray", "multiprocessing")
+PLANTED = (
+    *("psutil", "json", "select", "os", "torch", "numpy", "h5py"),
+    *("kdcache", "ray", "multiprocessing"),
+)
 START = {
     "the sandbox": """
 from pathlib import Path

@@ -183,7 +183,7 @@ def test_a_saved_dataset_dict(tmp_path: Path) -> None:
 
 # -- changes -------------------------------------------------------------------------------
 
-TEXTS = [f"number {i} of many" for i in range(10_000)]
+TEXTS = [f"number {i} of many" for i in range(2_000)]
 LINES = [json.dumps({"text": text}) for text in TEXTS]
 
 
@@ -248,7 +248,7 @@ def test_a_file_that_changes_is_refused_by_the_span_that_meets_it(
 ) -> None:
     path = tmp_path / name
     write(path, TEXTS)
-    corpus = Corpus.open([str(path)], span_bytes=100_000, divide=True)
+    corpus = Corpus.open([str(path)], span_bytes=20_000, divide=True)
     # Before a span is read.
     list(Corpus.read(corpus.spans[0]))
     corpus.check_unchanged()
@@ -321,7 +321,7 @@ def test_a_remote_file_that_changes_is_refused(store: Any) -> None:
     store.pipe_file("/changing/b.jsonl", data)
     for pattern in ("memory://changing", "memory://changing/*", "memory://changing/a.jsonl"):
         store.pipe_file("/changing/a.jsonl", data)
-        corpus = Corpus.open([pattern], span_bytes=100_000)
+        corpus = Corpus.open([pattern], span_bytes=20_000)
         corpus.check_unchanged()
         list(Corpus.read(corpus.spans[0]))
         store.pipe_file("/changing/a.jsonl", data.replace(b"many", b"more"))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import pickle
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from loaded import Program
 from make_caches import CAUSAL, CLASSES, make_cache
 
 import kdcache
@@ -305,15 +304,20 @@ def test_an_index_takes_24_bytes_a_row_and_is_made_once(topk: Cache) -> None:
     assert len(RowIndex(path, topk.digest)) == len(documents_of(topk))
 
 
+@pytest.fixture
+def two(topk: Cache, tmp_path: Path) -> list[bytes]:
+    """The index of `topk`, and that of another cache."""
+    other = make_cache(tmp_path / "other", [6], task=CAUSAL, first=3)
+    assert found_all(topk)
+    assert found_all(other)
+    return [index_file(one).read_bytes() for one in (topk, other)]
+
+
 @given(data=st.data())
 @settings(max_examples=25, deadline=None, suppress_health_check=[*HealthCheck])
-def test_no_index_leads_to_a_wrong_target(tmp_path: Path, data: Any) -> None:
+def test_no_index_leads_to_a_wrong_target(topk: Cache, two: list[bytes], data: Any) -> None:
     """Other bytes, fewer, or records that lie, with a right checksum."""
-    folder = tmp_path / f"cache-{os.urandom(8).hex()}"
-    made = make_cache(folder, [5, 3], task=CAUSAL, codec="topk:4")
-    assert found_all(made)
-    path = index_file(made)
-    content_ = bytearray(path.read_bytes())
+    content_ = bytearray(two[0])
     how = data.draw(st.sampled_from(["flip", "cut", "grow", "foreign"]))
     if how == "flip":
         for at in data.draw(st.lists(st.integers(0, len(content_) - 1), min_size=1, max_size=9)):
@@ -323,11 +327,9 @@ def test_no_index_leads_to_a_wrong_target(tmp_path: Path, data: Any) -> None:
     elif how == "grow":
         content_ += bytes(data.draw(st.integers(1, 50)))
     else:
-        other = make_cache(tmp_path / f"{folder.name}-other", [6], task=CAUSAL, first=3)
-        assert found_all(other)
-        content_ = bytearray(index_file(other).read_bytes())
-    path.write_bytes(content_)
-    assert found_all(made)
+        content_ = bytearray(two[1])
+    index_file(topk).write_bytes(content_)
+    assert found_all(topk)
 
 
 def test_a_forged_index_misses_and_is_never_believed(topk: Cache) -> None:
@@ -441,24 +443,22 @@ def test_too_small_a_folder_is_named_once(
     assert f"2 of its {topk.spec.spans} shards" in caplog.text
 
 
-@pytest.mark.end_to_end
-def test_two_processes_need_an_index_at_once(topk: Cache, disk: Path) -> None:
-    script = (
-        "import fcntl, logging, sys; logging.basicConfig(level='INFO', stream=sys.stdout)\n"
-        "from kdcache.cache import Cache\n"
-        "from kdcache.stream.content import RowIndex\n"
-        "fcntl.flock(gate := open(sys.argv[2]), fcntl.LOCK_SH)\n"
-        "index = RowIndex.of_cache(Cache.open(sys.argv[1]))\n"
-        "print(len(index), index.intact())"
-    )
-    with (disk.parent / "gate").open("w") as gate:
-        fcntl.flock(gate, fcntl.LOCK_EX)
-        words = ("python", "-c", script, topk.storage.url, gate.name)
-        both = [Program(*words) for _ in range(2)]
-    printed = [process.communicate() for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert sum(text.count("indexing") for text in printed) == 1
-    assert [text.splitlines()[-1] for text in printed] == [f"{len(documents_of(topk))} True"] * 2
+def test_an_index_that_two_need_at_once_is_made_once(
+    topk: Cache, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its lock is on the file, for each that opens it: of threads as of processes."""
+    caplog.set_level("INFO", "kdcache.stream.content")
+    gate = threading.Barrier(2)
+
+    def index(_: int) -> RowIndex:
+        cache = Cache.open(topk.storage.url)
+        gate.wait()
+        return RowIndex.of_cache(cache)
+
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(index, range(2)))
+    assert [(len(one), one.intact()) for one in both] == [(len(documents_of(topk)), True)] * 2
+    assert caplog.text.count("indexing") == 1
 
 
 def test_a_key_is_of_ids_alone() -> None:

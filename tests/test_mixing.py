@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from launched import launch
 from make_caches import CLASSES, make_cache
@@ -32,8 +32,8 @@ from kdcache.commands.train.train import train
 from kdcache.domains import Named, Weights
 from kdcache.errors import UsageError
 from kdcache.options import parse_values
-from kdcache.stream import Cursor, TargetStream
-from kdcache.stream.order import EpochShard, rows_by_domain, sources
+from kdcache.stream import TargetStream
+from kdcache.stream.order import rows_by_domain, sources
 from kdcache.targets.label_logprob import decode_logprobs
 from kdcache.tasks import IGNORE
 
@@ -164,37 +164,6 @@ def test_rows_come_as_often_as_their_domain_weighs(mixed: list[Cache]) -> None:
     stream = TargetStream(mixed, batch_size=5, weights=["1", "2", "web=0"])
     seen = Counter(row for batch in numbers(stream) for row in batch)
     assert seen == Counter(CODE + 2 * PLAIN)
-
-
-@settings(max_examples=10, deadline=None)
-@given(
-    stop=st.integers(0, 12),
-    world=st.sampled_from([1, 2, 3]),
-    code=st.sampled_from([0.0, 0.4, 1.0, 2.6]),
-)
-def test_a_mix_goes_on_anywhere_on_any_number_of_workers(
-    mixed: list[Cache], stop: int, world: int, code: float
-) -> None:
-    common: Any = {"batch_size": 4, "seed": 3, "streams": 2, "sum_over": int}
-    common["weights"] = {"web": 1.5, "code": code}
-    whole = numbers(TargetStream(mixed, **common), 2)
-    epoch = TargetStream(mixed, **common).rows
-    per = -(-epoch // 4)
-    stop = min(stop, 2 * per - 1)
-    cursor = Cursor(stop // per, stop % per * 4, stop)
-    # A rank of which a step has no row gets one of weight 0.
-    ranks = [
-        TargetStream(mixed, rank=r, world_size=world, cursor=cursor, **common).batches(2)
-        for r in range(world)
-    ]
-    rest = []
-    for parts in zip(*ranks, strict=True):
-        rows = []
-        for batch in parts:
-            if not batch["count"].isinf():
-                rows += (batch["input_ids"][:, 0] * 64 + batch["input_ids"][:, 1]).tolist()
-        rest.append(sorted(rows))
-    assert rest == [sorted(batch) for batch in whole[stop:]]
 
 
 @pytest.mark.parametrize(
@@ -472,8 +441,3 @@ def student_classes(tmp_path_factory: pytest.TempPathFactory) -> str:
         )
     )
     return out
-
-
-def test_shards_of_an_order_are_those_of_its_caches() -> None:
-    cache: Any = FakeCache([(3, "a"), (2, "b")])
-    assert sources([cache], Weights((), {"b": 0})) == [EpochShard(0, 0, 3, 3)]

@@ -138,9 +138,6 @@ class _Stretch:
 
     Attributes:
         at: the position of their first token in the row; None of those that continue a stretch.
-        unit: the first of their units.
-        data: the bytes.
-        text: the same as text; None where they are none.
         prefixed: whether the student's tokenizer puts its space before them.
         open_end: whether the row stops within this text.
     """
@@ -194,8 +191,6 @@ class Aligner:
     """Makes rows for a student of rows of a cache.
 
     Attributes:
-        teacher: the cache's tokenizer.
-        student: the student's.
         max_length: tokens of the student's longest row; None cuts nothing.
     """
 
@@ -357,12 +352,7 @@ class Aligner:
 
 
 def unchanged(tokens: TokenBytes, row: CachedRow) -> Alignment:
-    """A row for a student of the same tokenizer: as it is, each label a chunk by itself.
-
-    Args:
-        tokens: the tokenizer of both.
-        row: of a cache.
-    """
+    """A row for a student of the same tokenizer: as it is, each label a chunk by itself."""
     sizes, _ = label_bytes(tokens, row)
     each = np.arange(len(sizes))
     spans = np.stack([each, each + 1], 1)
@@ -372,10 +362,6 @@ def unchanged(tokens: TokenBytes, row: CachedRow) -> Alignment:
 
 def label_bytes(tokens: TokenBytes, row: CachedRow) -> tuple[Ints, Mask]:
     """The bytes of each label of a row.
-
-    Args:
-        tokens: the tokenizer of the row.
-        row: of a cache.
 
     Returns:
         By positions, int64, the bytes of text, and bool, whether it is text: not a special token,
@@ -390,8 +376,6 @@ def _line(teacher: TokenBytes, row: CachedRow, *, strict: bool = True) -> _Line:
     """Lay a row on its line of units.
 
     Args:
-        teacher: the row's tokenizer.
-        row: of a cache.
         strict: refuse ids that are not a token's; otherwise they are special tokens.
     """
     last = row.labels[-1:]

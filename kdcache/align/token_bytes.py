@@ -64,10 +64,6 @@ class Structure:
 def structure_of(state: Mapping[str, Any], name: str) -> Structure:
     """What a tokenizer does to bytes.
 
-    Args:
-        state: its `tokenizer.json`.
-        name: of the tokenizer, for messages.
-
     Raises:
         UsageError: it may lose bytes.
     """
@@ -123,7 +119,6 @@ def faithful(state: Mapping[str, Any], *, prefix: bool) -> State:
     """A `tokenizer.json` that gives the tokens of a text as it is.
 
     Args:
-        state: of a tokenizer that `structure_of` accepts.
         prefix: False leaves out the space before the text, for what continues a text.
 
     Returns:
@@ -170,7 +165,6 @@ class TokenBytes:
     """A tokenizer seen as bytes.
 
     Attributes:
-        name: of the tokenizer, for messages.
         tokens: bytes of each id; empty for special tokens, and for ids that are not a token's.
         widths: int64 [ids], their lengths.
         special: bool [ids], special tokens, such as beginning-of-text and marks of a chat template.
@@ -314,14 +308,10 @@ class TokenBytes:
         return b"".join(parts), starts
 
     def own_spaces(self, ids: Ids, begins: Mask) -> Mask:
-        """Tokens that begin with a space which is the tokenizer's own and not the text's.
+        """Tokens that begin with a space of the tokenizer's own and not the text's: bool [L].
 
         Args:
-            ids: int64 [L].
             begins: bool [L], tokens with which a text begins.
-
-        Returns:
-            bool [L].
         """
         if self.structure.prefix == "never" or not len(ids):
             return np.zeros(len(ids), np.bool_)
@@ -362,14 +352,7 @@ class TokenBytes:
             )
 
     def is_text(self, ids: Ids) -> Mask:
-        """Which ids are text: not a special token, nor an id that is not a token's.
-
-        Args:
-            ids: int64 [L].
-
-        Returns:
-            bool [L].
-        """
+        """Which ids are text, bool [L]: not a special token, nor an id that is not a token's."""
         found = self._known(ids)
         found[found] = ~self.special[ids[found]]
         return found
@@ -383,7 +366,6 @@ class TokenBytes:
         """Tokens of texts, without special ones: what looks like one in a text is text.
 
         Args:
-            texts: any.
             opens: whether each begins a text; one that continues a text gets no space before it.
 
         Returns:
@@ -393,10 +375,6 @@ class TokenBytes:
 
     def text_bytes(self, ids: Ids, text: bytes) -> Ids | None:
         """The bytes of each token of a text, if they are those of the text.
-
-        Args:
-            ids: int64 [n].
-            text: what was tokenised.
 
         Returns:
             int64 [n], how many bytes of the text each token has; None if the tokens have others.

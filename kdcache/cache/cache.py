@@ -89,8 +89,6 @@ class Cache(ShardStore[CacheSpec]):
         """Write a span's shard and make it appear; safe to call again for the same span.
 
         Args:
-            span: its number.
-            data: what it holds.
             skipped: records that were left out, empty or broken.
             filtered: records that filters left out; None where there are no filters.
             clipped_mass: probability that fell on ids outside the vocabulary, summed.
@@ -108,9 +106,8 @@ class Cache(ShardStore[CacheSpec]):
             facts |= {"label_nats": nats, "impossible_labels": impossible}
         if data.hard_labels is not None:
             facts["hard_labels"] = int(data.ends("hard")[-1])
-        attributes = {"fingerprint": self.spec.fingerprint, "index": span, **facts}
         said = self.manifest.shards[span].sha256 if self.sealed else None
-        content = shard_bytes(data, attributes=attributes, sha256=said)
+        content = shard_bytes(data, attributes=self.stated(span, facts), sha256=said)
         return self.put(span, content, (len(data), len(data.input_ids), len(data.targets)), facts)
 
     def codec(self) -> Codec:
@@ -144,7 +141,6 @@ class Cache(ShardStore[CacheSpec]):
         """One shard in memory.
 
         Args:
-            span: which one.
             targets: False leaves the soft targets on disk, for training on hard labels alone.
 
         Raises:
@@ -170,8 +166,6 @@ class Cache(ShardStore[CacheSpec]):
         """A shard's file, with the columns that the spec names.
 
         Args:
-            path: of the file, as `hold` gives it.
-            entry: what the manifest states of it.
             targets: False leaves the soft targets on disk.
 
         Raises:
@@ -251,8 +245,6 @@ def read_layer(url: str, name: str, sha256: str) -> OutputLayer:
     """The output layer of a cache, hashed and checked now.
 
     Args:
-        url: of the cache.
-        name: of the file in it.
         sha256: that its bytes must have.
 
     Raises:

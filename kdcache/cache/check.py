@@ -20,7 +20,7 @@ import numpy as np
 
 from kdcache.cache.cache import Cache
 from kdcache.cache.columns import answer_sums
-from kdcache.cache.manifest import SPAN_FACTS, ShardEntry
+from kdcache.cache.manifest import ShardEntry
 from kdcache.cache.sandbox import Sandbox
 from kdcache.cache.shard import ShardData, check_ids, read_counts
 from kdcache.cache.spec import CacheSpec
@@ -39,7 +39,6 @@ class Problem:
     """A problem of a cache.
 
     Attributes:
-        file: its name in the cache.
         text: the problem and its cure, in a line that names the file.
         stray: whether it is a file that does not belong to the cache, and does no harm.
     """
@@ -98,8 +97,6 @@ def check_shard(
     """Check the bytes of a shard, then whether it can be opened, then what it holds.
 
     Args:
-        cache: of the shard.
-        entry: what the manifest states of it.
         sandbox: the process that opens it first.
         values: False leaves the values out, where what is needed to read them is broken.
 
@@ -109,8 +106,7 @@ def check_shard(
     with cache.hold(entry, fresh=True) as path:
         sandbox.open(path)
         _, facts = read_counts(path)
-        said = {name: value for name in SPAN_FACTS if (value := getattr(entry, name)) is not None}
-        if facts != {"fingerprint": cache.spec.fingerprint, "index": entry.span, **said}:
+        if facts != cache.stated(entry.span, entry.facts):
             raise CorruptCacheError(f"it belongs to another cache ({facts}).")
         if values:
             data = cache.parse(path, entry)
@@ -153,10 +149,6 @@ def check_values(data: ShardData, spec: CacheSpec) -> None:
     """Check the targets of a shard that could be read.
 
     Cost: the targets are decoded once at each declared temperature, some positions at a time.
-
-    Args:
-        data: the shard.
-        spec: of the cache.
 
     Raises:
         CorruptCacheError: a logit or a weight is impossible.

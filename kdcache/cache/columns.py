@@ -40,12 +40,8 @@ class OpenRows:
     """The rows of a shard's file, while their columns are read.
 
     Attributes:
-        path: of the file.
-        group: of its columns.
-        task: of the rows.
         width: classes of a row that may have several labels.
         items: how many each axis has, as far as that is known.
-        found: the columns read so far.
     """
 
     path: Path
@@ -119,13 +115,7 @@ class Column:
         return () if self.name is None else (self.name,)
 
     def write(self, group: Any, data: Any, values: Any) -> None:
-        """Store it.
-
-        Args:
-            group: of a file.
-            data: a `ShardData`.
-            values: its values in it.
-        """
+        """Store it."""
         raise NotImplementedError
 
     def read(self, rows: OpenRows) -> Any:
@@ -383,13 +373,7 @@ class Columns:
 
     @classmethod
     def of_rows(cls, rows: Sequence[Any], task: str, width: int = 0) -> dict[str, Any]:
-        """Columns of single rows, by field.
-
-        Args:
-            rows: with the attributes that the columns name.
-            task: one of `kdcache.tasks.TASKS`.
-            width: classes of a row that may have several labels.
-        """
+        """Columns of single rows, by field."""
         named = {name: column for name, column in cls.columns().items() if column.row is not None}
         return {name: column.of_rows(rows, task, width) for name, column in named.items()}
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kdcache.cache.cache import Cache
-from kdcache.cache.manifest import ShardEntry, filtered_records, label_sums
+from kdcache.cache.manifest import COUNTS, ShardEntry, filtered_records, label_sums
 from kdcache.cache.shard import ShardData
 from kdcache.cache.spec import CacheSpec
 from kdcache.domains import Weights
@@ -48,10 +48,6 @@ def teacher_cross_entropy(caches: Sequence[Cache], weights: Weights = _ONCE) -> 
 
     A mean over the labels that the teacher can predict. Cost: none, the manifests hold it.
 
-    Args:
-        caches: sealed.
-        weights: how often rows count.
-
     Returns:
         None where a cache does not keep it, or there is no such label.
     """
@@ -74,15 +70,8 @@ class DomainFigures:
     """The figures of a domain.
 
     Attributes:
-        name: of the domain.
-        spans: shards of the whole cache.
         done: shards that are there.
-        rows: rows in them; so the next four.
-        tokens: tokens.
-        positions: positions with a soft target.
-        skipped: records left out, empty or broken.
         filtered: records that filters left out; None where there are no filters.
-        bytes: bytes of the shard files.
         teacher_cross_entropy: of the teacher with the hard labels at T = 1, in nats a position,
             over the labels that it can predict; None where the cache does not keep it.
     """
@@ -100,15 +89,7 @@ class DomainFigures:
 
 
 def domain_figures(spec: CacheSpec, shards: Iterable[ShardEntry]) -> tuple[DomainFigures, ...]:
-    """The figures of each domain, in the order of their first spans.
-
-    Args:
-        spec: of the cache.
-        shards: those that are there.
-
-    Returns:
-        None at all where the cache's corpora have no names.
-    """
+    """The figures of each domain, in the order of their first spans."""
     members: dict[str, list[ShardEntry]] = {name: [] for name in spec.domain_names}
     spans = dict.fromkeys(members, 0)
     for stretch in spec.domains:
@@ -124,13 +105,9 @@ def domain_figures(spec: CacheSpec, shards: Iterable[ShardEntry]) -> tuple[Domai
                 name=name,
                 spans=spans[name],
                 done=len(mine),
-                rows=sum(s.rows for s in mine),
-                tokens=sum(s.tokens for s in mine),
-                positions=sum(s.positions for s in mine),
-                skipped=sum(s.skipped for s in mine),
                 filtered=filtered_records(mine),
-                bytes=sum(s.bytes for s in mine),
                 teacher_cross_entropy=sums[0] / sums[1] if sums and sums[1] else None,
+                **{field: sum(getattr(s, field) for s in mine) for field in COUNTS},
             )
         )
     return tuple(found)

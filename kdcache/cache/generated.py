@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdcache.cache.cache import Cache
-from kdcache.cache.manifest import SPAN_FACTS, ShardEntry
+from kdcache.cache.manifest import ShardEntry
 from kdcache.cache.shard import ShardCounts
 from kdcache.cache.spec import FORMAT, GENERATED, Spec, is_generated, is_generated_at
 from kdcache.cache.store import ShardStore
@@ -53,19 +53,10 @@ class GeneratedSpec(Spec):
 
     Attributes:
         model: `sha256` of its configuration and weights, and `engine` if that is not transformers.
-        dtype: that it computes in.
-        tokenizer: SHA-256 of the tokenizer's files.
-        vocab_size: ids that the model can write.
         ends: ids that end an answer.
         corpus: of the prompts, one entry a file: name, size, content tag.
-        rows: how records become prompts.
-        reading: how the files are read and cut into spans.
-        spans: number of spans, each of which becomes one shard.
         max_length: tokens of a prompt and its answer.
         prompt_tokens: tokens of a record that are its prompt; None for all.
-        sampling: the fields of `Sampling`.
-        kind: what it is.
-        format: version of the format.
     """
 
     model: Mapping[str, Any]
@@ -162,10 +153,7 @@ class GeneratedCorpus(ShardStore[GeneratedSpec]):
         """Write a span's shard and make it appear; safe to call again for the same span.
 
         Args:
-            span: its number.
-            prompts: ids of each prompt.
             answers: `samples` of each prompt, prompt by prompt.
-            tokenizer: makes text of ids.
             skipped: records that were left out, empty or broken.
             filtered: records that filters left out; None where there are no filters.
         """
@@ -235,9 +223,9 @@ class GeneratedCorpus(ShardStore[GeneratedSpec]):
             _, facts = self.read_facts(path)
         nats = -sum(sum(row["logprobs"]) for row in rows)
         stopped = sum(row["finish_reason"] == "stop" for row in rows)
-        said = {name: value for name in SPAN_FACTS if (value := getattr(entry, name)) is not None}
-        said |= {"fingerprint": self.spec.fingerprint, "index": entry.span}
-        if {**facts, "sampling": None} != {**said, "sampling": None}:
+        if {**facts, "sampling": None} != self.stated(
+            entry.span, {**entry.facts, "sampling": None}
+        ):
             raise CorruptCacheError(f"it belongs to another corpus ({facts}).")
         if stopped != entry.stopped or abs(nats - (entry.label_nats or 0.0)) > 1e-3 * (1 + nats):
             raise CorruptCacheError("its answers are not those that the manifest counts.")

@@ -176,9 +176,6 @@ def columns_of(
     """A group of an open file, with all members in the file itself.
 
     Args:
-        path: of the file.
-        file: open.
-        name: of the group.
         required: names of its members; none to leave that open.
         optional: names of members that may be there too.
 
@@ -201,9 +198,6 @@ def column(path: Path, group: Any, name: str, kinds: Sequence[str] = NUMBERS) ->
     """A column of a group of `columns_of`: its checked dataset.
 
     Args:
-        path: of the file.
-        group: from `columns_of`.
-        name: of the column.
         kinds: the types it may have.
 
     Raises:

@@ -31,7 +31,7 @@ SPAN_FACTS = (
 
 _LARGEST = 256 << 20  # bytes of a manifest: a million shards
 _SHA256 = re.compile("[0-9a-f]{64}")
-_COUNTS = ("rows", "tokens", "positions", "bytes", "skipped")
+COUNTS = ("rows", "tokens", "positions", "bytes", "skipped")
 _MOST = 1 << 31  # of anything in one shard, which is held in memory whole
 _CURE = "Delete the file and run the same build again: only this shard is made again."
 
@@ -66,11 +66,13 @@ class ShardEntry:
         """Positions that the teacher answered, those without a soft target too."""
         return self.positions + (self.hard_labels or 0)
 
-    def check(self, path: Path | None) -> None:
-        """Compare a file with this entry; about 1 GB/s a core.
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Those of `SPAN_FACTS` that it has."""
+        return {name: value for name in SPAN_FACTS if (value := getattr(self, name)) is not None}
 
-        Args:
-            path: where it should be; None where there is known to be none.
+    def check(self, path: Path | None) -> None:
+        """Compare a file, None where there is known to be none, with this entry: 1 GB/s a core.
 
         Raises:
             CorruptCacheError: it is missing, or its size or hash is another.
@@ -107,7 +109,7 @@ class ShardEntry:
             raise ValueError(f"{entry.name!r} is not the shard of span {span}")
         if not (_SHA256.fullmatch(entry.sha256) and entry.sha256.startswith(found.group(2))):
             raise ValueError(f"{entry.name} does not match the sha256 in its name")
-        for name in ("span", *_COUNTS):
+        for name in ("span", *COUNTS):
             value = getattr(entry, name)
             if not _is_count(value) or (name == "bytes" and not value):
                 raise ValueError(f"{entry.name} has an invalid number of {name}: {value}")
@@ -137,8 +139,6 @@ class Manifest:
     """The final list of a cache's shards, in the order of their spans.
 
     Attributes:
-        fingerprint: of the spec.
-        shards: one a span.
         files: SHA-256 of each file written with the spec.
     """
 
@@ -175,7 +175,6 @@ class Manifest:
         """Whether it is of a sealed cache of this spec.
 
         Args:
-            spec: of the cache.
             files: SHA-256 of each of its other files.
         """
         own = (self.fingerprint, self.files, [shard.domain for shard in self.shards])
@@ -189,7 +188,7 @@ class Manifest:
             {
                 "format": FORMAT,
                 "fingerprint": self.fingerprint,
-                **{name: getattr(self, name) for name in _COUNTS},
+                **{name: getattr(self, name) for name in COUNTS},
                 "files": dict(sorted(self.files.items())),
                 "shards": [
                     {k: v for k, v in vars(s).items() if v is not None} for s in self.shards
@@ -214,7 +213,7 @@ class Manifest:
         try:
             if values["format"] != FORMAT:
                 raise ValueError(f"its format is {values['format']}, this kdcache reads {FORMAT}")
-            if values.keys() != {"format", "fingerprint", "files", "shards", *_COUNTS}:
+            if values.keys() != {"format", "fingerprint", "files", "shards", *COUNTS}:
                 raise ValueError(f"its fields are {', '.join(values)}")
             if not _SHA256.fullmatch(values["fingerprint"]):
                 raise ValueError("its fingerprint is invalid")
@@ -225,7 +224,7 @@ class Manifest:
             )
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptCacheError(f"manifest.json cannot be read: {error!r}.") from error
-        for name in _COUNTS:
+        for name in COUNTS:
             if getattr(manifest, name) != values[name]:
                 raise CorruptCacheError(
                     f"manifest.json: its shards have {getattr(manifest, name)} {name}, it says "

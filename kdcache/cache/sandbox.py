@@ -46,9 +46,6 @@ class Sandbox:
     def open(self, path: Path) -> None:
         """Open a file there, and read all of it.
 
-        Args:
-            path: a file of this machine that exists.
-
         Raises:
             CorruptCacheError: HDF5 cannot read it, or its reader does not survive it.
         """

@@ -141,7 +141,6 @@ def prepare_manifest(cache: ShardStore[Any], entries: Iterable[ShardEntry] = ())
     """The manifest of all spans, once every one is committed; nothing is written.
 
     Args:
-        cache: being built, or sealed by another build.
         entries: what this process committed. Of shards of earlier runs the receipts are
             taken; those without one are read and hashed.
 

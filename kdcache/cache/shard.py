@@ -70,7 +70,6 @@ class ShardData(Columns):
     """The rows of one shard in memory, columnar. Columns are in the order of the file.
 
     Attributes:
-        task: one of `kdcache.tasks.TASKS`.
         targets: the soft targets of all positions, in row-major order.
         offsets: int64 [rows + 1], where each row's tokens begin.
         input_ids: int32 [tokens].
@@ -94,8 +93,6 @@ class ShardData(Columns):
             answer, see `answer_sums`, before they became codes; None where the cache keeps none.
         starts: bool [tokens], where a document begins that attends to no other one of its row, or
             None where rows are not divided.
-        texts: the text of each row, or None where the task keeps none.
-        text_pairs: the second text of each row, or None.
         first: bool [tokens], the first token of each word; None where the task keeps no words.
         words: the words of each row, or None likewise.
         label_bytes: int64 [positions], bytes of text of each label, -1 where it is not text; None
@@ -253,8 +250,6 @@ def write_shard(path: Path, data: ShardData, *, attributes: Mapping[str, Any]) -
     """Write one shard file at `path` (a scratch name: commit it afterwards).
 
     Args:
-        path: the file to create.
-        data: rows and targets.
         attributes: JSON-able facts of the span, kept in the file's `span` attribute.
 
     Raises:
@@ -272,8 +267,6 @@ def shard_bytes(
     takes the process down when it exits.
 
     Args:
-        data: rows and targets.
-        attributes: as `write_shard` takes them.
         sha256: of the content that it had before, perhaps as an earlier version wrote it.
     """
     content = _compose(data, attributes)
@@ -321,7 +314,6 @@ def read_shard(
     """Read one shard whole.
 
     Args:
-        path: a committed shard file.
         codec: the cache's codec; the file must have been written with it.
         counts: what the manifest states; compared before any column is read.
         ranks: the cache's table from frequency rank to id, where it has one.
@@ -468,8 +460,6 @@ def check_ids(data: ShardData, spec: CacheSpec, known: Callable[[], int | None])
     model can predict.
 
     Args:
-        data: the shard.
-        spec: of the cache.
         known: gives the number of the tokenizer's ids; None where that is not known.
 
     Raises:

@@ -49,12 +49,7 @@ def is_generated_at(storage: Storage) -> bool:
 
 
 class Spec(ABC):
-    """What the shards of a folder should hold: equal specs make the same bytes.
-
-    Attributes:
-        spans: number of spans, each of which becomes one shard.
-        label_logprob: whether the manifest has the sums of the labels' log-probabilities.
-    """
+    """What the shards of a folder should hold: equal specs make the same bytes."""
 
     spans: int
     label_logprob: bool
@@ -102,30 +97,22 @@ class CacheSpec(Spec):
     """What bytes a cache should hold; two builds with equal specs make the same cache.
 
     Attributes:
-        task: one of `kdcache.tasks.TASKS`.
         teachers: one entry a teacher: `sha256` of its configuration and weights, its `weight`, and
             `engine` if that is not transformers: `name`, `version`, `quantization` and `args`.
         ensemble: how several teachers become one: `mean-probs` or `mean-logits`.
-        dtype: the teacher's compute dtype.
         tokenizer: SHA-256 of the tokenizer's files.
         vocab_size: ids the teacher can predict (classes for classification).
         pad_id: id that fills rows up in a batch.
-        eos_id: id that ends a document, or None.
         label_names: the classes in the teacher's order, or None where answers have no names.
         corpus: one entry a file: name, size, content tag.
         rows: how records become rows (`RowSpec` as a dictionary).
         reading: how the files are read and cut into spans (`Corpus.settings`).
-        spans: number of spans, each of which becomes one shard.
         codec: canonical codec text, such as `topk:64`.
-        temperatures: the declared temperatures.
-        seed: seed of the sampling codec.
-        format: version of the cache format.
         ranks: SHA-256 of `ranks.u32`, by which ids are stored as frequency ranks; None where they
             are stored as they are.
         levels: whether a `topk` codec stores levels of one byte; imports and earlier versions store
             floats.
         label_logprob: whether shards keep the teacher's log-probability of each label.
-        entropy: whether they keep its entropy at each position.
         answer_logprob: whether they keep the sum of its log-probabilities of each row's answer.
         source: `codec` and `digest` of the cache whose targets were encoded anew; None of a build.
         output_layer: SHA-256 of the file of the teacher's output layer, where targets are hidden
@@ -380,10 +367,6 @@ def to_text(values: Mapping[str, Any]) -> bytes:
 
 def from_text(data: bytes, name: str) -> dict[str, Any]:
     """The object of a text, without its hash.
-
-    Args:
-        data: what a file holds.
-        name: of the file, for messages.
 
     Raises:
         CorruptCacheError: the hash is not that of the text, or the text is not plain JSON.

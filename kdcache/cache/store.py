@@ -40,13 +40,7 @@ StoreT = TypeVar("StoreT", bound="ShardStore[Any]")
 
 @dataclass
 class ShardStore(ABC, Generic[SpecT]):
-    """A folder of shards that is being made (`create_or_resume`) or read (`open`).
-
-    Attributes:
-        kind: what it is, in messages.
-        command: that makes it.
-        suffix: of its shards' names.
-    """
+    """A folder of shards that is being made (`create_or_resume`) or read (`open`)."""
 
     kind: ClassVar[str]
     command: ClassVar[str]
@@ -81,15 +75,16 @@ class ShardStore(ABC, Generic[SpecT]):
         """
         raise NotImplementedError
 
+    def stated(self, span: int, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """What a shard's file states of its span."""
+        return {"fingerprint": self.spec.fingerprint, "index": span, **facts}
+
     def put(
         self, span: int, content: bytes, counts: tuple[int, int, int], facts: Mapping[str, Any]
     ) -> ShardEntry:
         """Make a shard appear; safe to call again for the same span.
 
         Args:
-            span: its number.
-            content: of the file.
-            counts: its rows, tokens and positions.
             facts: of `SPAN_FACTS`, as the file has them.
 
         Raises:
@@ -119,8 +114,6 @@ class ShardStore(ABC, Generic[SpecT]):
         build is at work (a lock on `spec.json`, on local file systems) may begin with another spec.
 
         Args:
-            url: folder or fsspec URL.
-            spec: what the cache should hold.
             tokenizer_files: name and content of each tokenizer file, kept in the cache.
             ranks: the rank table of the hash in the spec, if it has one.
             output_layer: the file of the hash in the spec, if it has one; also empty to resume a
@@ -330,7 +323,6 @@ class ShardStore(ABC, Generic[SpecT]):
         """A shard's file on this machine, whose bytes are those of the manifest.
 
         Args:
-            entry: which one.
             fresh: leave a copy of a remote file that is on this machine aside.
             noted: do not hash a file again that a process of this machine has hashed.
 

@@ -156,8 +156,6 @@ class Corpus:
                 of CoNLL; for `.txt` one name instead of `text`. Or pairs `name=theirs`: columns of
                 any files renamed.
             documents: What a record of a `.txt` file is: `file`, `paragraph` or `line`.
-            delimiter: What separates the fields of CSV.
-            max_record_bytes: Longest record; longer ones can't be read.
             split: Which split of folders and globs that hold several; `all` for every file.
             filters: Conditions `column=value`, of renamed columns by their new names; records for
                 which they do not hold are left out.
@@ -275,12 +273,10 @@ class Corpus:
         """Read a span's records; needs nothing but the span, so any worker can.
 
         Args:
-            span: What to read.
             columns: Columns that the caller will look at: tables (Parquet, Arrow) are read in these
                 only. Missing names are not an error here (`Record.missing` makes one).
             on_error: What a record that can't be read does: `fail` or be `skip`-ped and
                 counted.
-            stats: Where to count.
             progress: Called once in a while before the first record, where that takes long.
 
         Yields:

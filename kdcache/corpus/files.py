@@ -59,8 +59,6 @@ class InputFile:
     """One file of a corpus.
 
     Attributes:
-        url: Absolute path or URL.
-        size: Bytes, as stored.
         kind: One of the values of `KINDS`.
         compression: `""`, `"gz"` or `"zst"`.
         version: What changes when the file is written: the time of its last change, or the store's
@@ -102,7 +100,6 @@ def kind_of(name: str, forced: str = "auto") -> tuple[str, str] | None:
     """Kind and compression of a file by its name.
 
     Args:
-        name: Path or URL.
         forced: The kind of all files (one of `FORMATS`); `auto` goes by the extension.
 
     Returns:

@@ -35,7 +35,6 @@ class Reading:
         filters: Columns, and the texts that each may hold: other records are left out.
         documents: What one record of a `.txt` file is: all of it, a paragraph (up to a blank
             line), or a line.
-        delimiter: What separates the fields of a CSV file.
         max_record_bytes: Longest record, in bytes of decompressed text. What is longer is never
             held in memory whole.
 
@@ -83,16 +82,12 @@ class Span:
     """A unit of work: a stretch of one file, which becomes exactly one shard.
 
     Attributes:
-        index: Its position among the corpus's spans.
-        file: The file.
         start: First byte; the span owns the records that start in [start, stop). 0 where parts
             count.
-        stop: Byte after the last; the file's size where parts count.
         part: Which of `parts` of a table or of a file that can't be cut by bytes.
         parts: 1 for files cut by bytes.
         limit: If not None, only the first `limit` records of [start, stop), before it is
             split into parts.
-        reading: How the file is read.
     """
 
     index: int
@@ -135,7 +130,6 @@ class Format(ABC):
     """The records of one span of a file; a context manager that closes the file.
 
     Attributes:
-        source: What the file states about its columns.
         progress: Called once in a while by what takes long before the first record.
     """
 
@@ -146,7 +140,6 @@ class Format(ABC):
         """Open the file.
 
         Args:
-            span: What to read.
             columns: Columns wanted of a table; None is all. Text formats give all they have.
 
         Raises:

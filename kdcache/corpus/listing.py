@@ -62,8 +62,6 @@ def choose(
     """The files of one split.
 
     Args:
-        pattern: What the user named, for messages.
-        names: Files below it, relative.
         split: Which; None refuses more than one, `all` takes every file.
         saved: Folders of saved `DatasetDict`s, relative; each folder in one is a split.
 
@@ -146,7 +144,6 @@ def expand(
     Args:
         patterns: Paths, globs (`**` too), folders (read recursively; hidden files and files of
             other kinds are left out) and fsspec URLs of these; with names where corpora have them.
-        forced: See `kind_of`.
         split: Which split of folders and globs that hold several; `all` for every file.
 
     Returns:

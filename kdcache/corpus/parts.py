@@ -20,7 +20,6 @@ import json
 import logging
 import os
 import shutil
-import struct
 import tempfile
 import threading
 import weakref
@@ -28,7 +27,6 @@ from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from kdcache.corpus.formats import Raw
@@ -41,8 +39,9 @@ _BLOCK = 1 << 18
 _RECORD = 100  # bytes that a record takes in addition to its content
 _STEPS = 1 << 10  # records between two words of progress
 _SHARE = 0.5  # of the free disk, at most
-_HEAD = struct.Struct("<II")
 _BYTES, _ERROR, _FIELDS = range(3)  # what a payload is
+_COLUMNS = {"where": pa.string(), "kind": pa.uint8(), "data": pa.large_binary()}
+_SCHEMA = pa.schema(list(_COLUMNS.items()))
 
 Progress = Callable[[], None]
 
@@ -58,23 +57,19 @@ class _Block:
         self.empty()
 
     def empty(self) -> None:
-        self.where: list[str] = []
-        self.data: list[bytes] = []
-        self.kinds: list[int] = []
+        self.records: list[tuple[str, int, bytes]] = []
         self.size = 0
 
     def add(self, where: str, payload: Any) -> None:
         kind, data = _packed(payload)
-        self.where.append(where)
-        self.data.append(data)
-        self.kinds.append(kind)
+        self.records.append((where, kind, data))
         self.size += len(data) + _RECORD
 
-    def bytes(self) -> bytes:
-        wheres = "\n".join(self.where).encode()
-        sizes = np.fromiter(map(len, self.data), "<i8", len(self.data)).tobytes()
-        head = _HEAD.pack(len(self.data), len(wheres))
-        return b"".join([head, wheres, sizes, bytes(self.kinds), *self.data])
+    def serialized(self) -> Any:
+        """An Arrow batch of the records."""
+        columns = zip(zip(*self.records, strict=True), _COLUMNS.values(), strict=True)
+        batch = pa.record_batch([pa.array(*column) for column in columns], schema=_SCHEMA)
+        return batch.serialize()
 
 
 def _packed(payload: Any) -> tuple[int, bytes]:
@@ -85,16 +80,9 @@ def _packed(payload: Any) -> tuple[int, bytes]:
     return _FIELDS, json.dumps(payload).encode()
 
 
-def _records(block: bytes) -> Iterator[Raw]:
-    count, size = _HEAD.unpack_from(block)
-    at = _HEAD.size + size
-    wheres = block[_HEAD.size : at].decode().split("\n")
-    sizes = np.frombuffer(block, "<i8", count, at).tolist()
-    kinds = block[at + 8 * count : at + 9 * count]
-    at += 9 * count
-    for where, size, kind in zip(wheres, sizes, kinds, strict=True):
-        data = block[at : at + size]
-        at += size
+def _records(block: Any) -> Iterator[Raw]:
+    batch = pa.ipc.read_record_batch(block, _SCHEMA)
+    for where, kind, data in zip(*(column.to_pylist() for column in batch.columns), strict=True):
         if kind == _BYTES:
             yield where, data
         else:
@@ -116,9 +104,6 @@ class Parts:
 
         Args:
             records: All of the file, or blocks of them as bytes, one for each part in turn.
-            parts: How many.
-            size: About how many bytes they will take together.
-            progress: Called once in a while.
             damage: Whether an error states that the file is damaged.
 
         Raises:
@@ -152,11 +137,11 @@ class Parts:
                 raise
             self._damage = error  # every part meets it behind the records before it
         for part, block in enumerate(blocks):
-            if block.data:
+            if block.records:
                 self._write(part, block)
 
     def _write(self, part: int, block: _Block) -> None:
-        data = block.bytes()
+        data = block.serialized()
         packed = pa.compress(data, "zstd", asbytes=True)
         block.empty()
         try:
@@ -174,7 +159,7 @@ class Parts:
         """The records of a part; raises the file's own error behind them if it is damaged."""
         for at, size, whole in self._blocks[part]:
             packed = os.pread(self._file.fileno(), size, at)
-            yield from _records(pa.decompress(packed, whole, "zstd", asbytes=True))
+            yield from _records(pa.decompress(packed, whole, "zstd"))
         self.unread.discard(part)
         if self._damage is not None:
             raise self._damage
@@ -231,9 +216,6 @@ def records_of_part(
     """The records of one part of a file.
 
     Args:
-        key: What the file and its records are known by.
-        part: Which.
-        make: Splits the file.
         whole: Reads all its records for this part, where the disk has no room.
         progress: Called while the file is split, here or by another thread.
     """

@@ -77,9 +77,7 @@ class Record:
 
     Attributes:
         values: Column name to value, as the file holds it (`str` for text formats).
-        file: Path or URL of the file.
         location: Where in the file: prints as `line 17` or `row 12`, both counted from 1.
-        source: What the file states about its columns.
         opens: Whether a document begins here; False for the later pieces of a long text file.
         closes: Whether it ends here.
         cut: Whether only the beginnings of its values were kept.
@@ -129,9 +127,6 @@ class Record:
             wanted: The column that was looked for, or several of which one was needed.
             option: The option that names it, as the cure.
             named: Names to propose for a headerless table's columns; default `wanted`.
-
-        Returns:
-            The error, to be raised by the caller.
         """
         there = ", ".join(repr(shorten(name)) for name in self.columns[:_SHOWN_NAMES]) or "none"
         if len(self.columns) > _SHOWN_NAMES:

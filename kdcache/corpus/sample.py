@@ -33,10 +33,7 @@ class SpanSample:
         span: where from; a whole file, if it cannot be entered in the middle.
         records: evenly spaced among those that were read.
         stride: each of them represents so many.
-        characters: in them.
         between: characters of all records from the first of them up to the last one.
-        read: records that were read.
-        read_characters: in these.
         passed: share of the file's records that the corpus's filters keep, as far as it was read.
         filtered: records that the filters left out on the way.
     """
@@ -89,9 +86,6 @@ def sample_records(
     """Take evenly spaced records from the first `read` of a span.
 
     Args:
-        span: one of `sample_spans`.
-        columns: see `Corpus.read`.
-        on_error: see `Corpus.read`.
         read: records that are read at most.
         records: how many are wanted, at least, if there are so many; up to twice as many come.
         characters: how many are wanted in them, at least.

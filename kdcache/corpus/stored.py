@@ -33,10 +33,6 @@ _FILE_BYTES = 1 << 29  # of Arrow; several files are read by several workers
 def stored(corpus: Sequence[Any], out: str) -> tuple[str | Named, ...]:
     """Patterns of a corpus, datasets among them written to `OUT.corpus`.
 
-    Args:
-        corpus: Patterns and datasets, with names or without.
-        out: The cache.
-
     Raises:
         UsageError: It is neither, several splits, or the cache is not on this machine.
     """

@@ -334,13 +334,7 @@ class Arrow(_Table):
 
 
 def _rows_by_part(batches: list[Any], parts: int, first: int) -> Iterator[Raw]:
-    """Of each part in turn: its first row of some batches, and all of them as an Arrow stream.
-
-    Args:
-        batches: One or more.
-        parts: Of the file.
-        first: The file's rows before them.
-    """
+    """Of each part in turn: its first row of some batches, and all of them as an Arrow stream."""
     table = pa.Table.from_batches(batches).combine_chunks()
     for part in range(parts):
         first_row = (part - first) % parts

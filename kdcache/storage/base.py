@@ -110,7 +110,6 @@ class Storage(ABC):
         carries its hash (`00042-0123456789abcdef.h5`) is checked against it when it arrives.
 
         Args:
-            name: of the file.
             fresh: ignore a copy on this machine and download it again.
 
         Raises:
@@ -136,8 +135,6 @@ class Storage(ABC):
         """Replace a file that no process shares; False if one does, or if it can't be known.
 
         Args:
-            name: of the file.
-            data: its new content.
             prepare: called before, while nobody can share it; whether to replace it.
         """
         with self.unshared(name) as free:
@@ -145,8 +142,7 @@ class Storage(ABC):
                 self.write(name, data)
         return replaced
 
-    @abstractmethod
-    def prefetch(self, files: Iterable[tuple[str, int]]) -> None:
+    def prefetch(self, files: Iterable[tuple[str, int]]) -> None:  # noqa: B027
         """Say which files are read next, in this order, with their sizes in bytes.
 
         Returns at once; threads download, as far as the disk's bound allows. The next call
@@ -329,9 +325,6 @@ class LocalStorage(Storage):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 free = os.path.samestat(os.fstat(file.fileno()), path.stat())
             yield free
-
-    def prefetch(self, files: Iterable[tuple[str, int]]) -> None:
-        """See `Storage.prefetch`."""
 
     def remove(self, name: str) -> None:
         """See `Storage.remove`."""

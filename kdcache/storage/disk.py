@@ -85,8 +85,6 @@ class DiskCache:
 
         Args:
             key: name of the copy, which identifies its content.
-            download: called where there is none.
-            fresh: download in any case.
 
         Raises:
             UsageError: the folder cannot be written to, or the bound is below the file's size.
@@ -229,8 +227,6 @@ def _locked(
     """The file of a path, open and locked.
 
     Args:
-        path: where to open it.
-        lock: of `fcntl.flock`.
         create: make an empty file where there is none.
         named: the path that must name it once it is locked. Default: the same one.
 
@@ -302,8 +298,6 @@ class Verified:
         """Call `check` unless the file passed it before, in this process or another.
 
         Args:
-            path: of the file.
-            sha256: that it must have.
             check: hashes it; raises what it finds wrong.
             ours: whether nobody writes to the file in place, so that its note need not wait.
         """

@@ -130,10 +130,7 @@ class FileSystem:
         """Call a method of the file system that sends requests.
 
         Args:
-            verb: name of the method.
-            args: its arguments.
             volume: bytes that go over the wire, at most; the deadline allows for them.
-            options: its keyword arguments.
 
         Raises:
             FileNotFoundError, FileExistsError: as the method means them.

@@ -39,7 +39,6 @@ class Facts:
     """What a store states of a file.
 
     Attributes:
-        size: bytes.
         checksum: of its content, with the kind of it; empty where the store has none.
         changed: when it was written; empty where the store does not say.
     """
@@ -70,7 +69,6 @@ class RemoteStorage(Storage):
         """Find the store; sends no request yet.
 
         Args:
-            url: fsspec URL of the prefix.
             disk: where copies are kept. Default: as the environment has it.
 
         Raises:

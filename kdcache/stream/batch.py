@@ -56,7 +56,6 @@ class Reading:
         vocab_size: ids of the student's tokenizer, where its labels are these and not the caches'.
         needless: whether it reads as `CachedIds` would.
         reads_targets: whether its soft targets are made of those of the caches.
-        settings: what a log shows of it.
     """
 
     tokenizer: Any = None
@@ -82,8 +81,6 @@ class Reading:
         """A shard's rows with all columns that batches are made of, and no other.
 
         Args:
-            cache: that has the shard.
-            shard: its number.
             targets: whether with soft targets.
             kept: of `ABOUT_TEACHER` those that all caches of a stream have.
         """
@@ -92,13 +89,7 @@ class Reading:
         return self.rows(cache, shard, replace(data, **left) if left else data)
 
     def rows(self, cache: Cache, shard: int, data: ShardData) -> ShardData:
-        """The rows of a shard with all columns that its batches are made of.
-
-        Args:
-            cache: that has the shard.
-            shard: its number.
-            data: its rows.
-        """
+        """The rows of a shard with all columns that its batches are made of."""
         if self._text is None:
             return data
         return replace(data, label_bytes=self._text.label_bytes(cache, data))
@@ -254,7 +245,6 @@ class OwnTokens(Reading):
 
         Args:
             tokenize: texts, or words, to tensors; see `collate`.
-            tokenizer: the one that it does that with, if that can be saved.
         """
         self.tokenize, self.tokenizer = tokenize, tokenizer
 
@@ -279,8 +269,6 @@ def reading_of(pad_id: int, tokenize: Tokenize | None, reading: Reading | None) 
     """How a student reads, by its tokenizer.
 
     Args:
-        pad_id: of the caches.
-        tokenize: of a classifier with a tokenizer of its own, or None.
         reading: given, nothing else counts.
     """
     if reading is None:
@@ -299,7 +287,6 @@ def collate(
     """A batch of tensors from some rows.
 
     Args:
-        data: the rows of the batch, in order.
         pad_id: id that fills `input_ids` up on the right.
         temperature: of the soft targets, or None to leave them out (training on hard labels alone).
         count: what the loss is divided by; None for this batch's own count, see below.
@@ -353,13 +340,8 @@ def _widest(labels: np.ndarray) -> np.ndarray:
 
 
 def divided(tokens: int, starts: np.ndarray | None, lengths: np.ndarray) -> Batch:
-    """What tells a model which tokens belong together, [B, L]: a mask, or positions in documents.
-
-    Args:
-        tokens: of all rows.
-        starts: bool [tokens], where documents begin, or None where rows are not divided.
-        lengths: int64 [B], of the rows.
-    """
+    """What tells a model which tokens belong together, [B, L]: a mask, or positions in documents,
+    which begin at `starts`, bool [tokens]."""
     if starts is not None:
         return {"position_ids": position_ids(starts, lengths)}
     return {"attention_mask": torch.from_numpy(padded(np.ones(tokens, np.int64), lengths, 0))}
@@ -392,7 +374,6 @@ class TargetDataset(Dataset[ShardData]):
         """Open the caches.
 
         Args:
-            caches: sealed caches, opened or by URL.
             keep: decoded shards held in memory (by each process).
             cross: how the student reads, such as a `CrossTokenizer` for language models with a
                 tokenizer of their own; the `Collator` needs it, too.
@@ -436,7 +417,6 @@ class Collator:
         pad_id: id that fills rows up (`cache.spec.pad_id`).
         temperature: of the soft targets, or None to leave them out.
         tokenize: text to tensors, for classifiers with a tokenizer of their own.
-        cross: that of the dataset, such as a `CrossTokenizer`.
     """
 
     pad_id: int

@@ -28,8 +28,6 @@ def check_caches(
     """Check that caches fit each other and declare the requested temperatures.
 
     Args:
-        caches: the caches to be mixed.
-        temperatures: every temperature that will be requested.
         problems: other problems, for the same message.
         beside: caches to evaluate on, which are mixed with each other alone: their codec and
             declared temperatures may be others.
@@ -78,7 +76,6 @@ def check_every_position(caches: Iterable[Cache], what: str) -> list[str]:
     """Why caches do not do for what needs the soft targets of all positions: a line each.
 
     Args:
-        caches: that are meant for it.
         what: it is, for messages.
     """
     return [
@@ -109,11 +106,6 @@ def check_mix(
     weights: Weights, caches: Sequence[Cache], rows: Mapping[tuple[int, str | None], int]
 ) -> None:
     """Refuse the weight of a domain that an epoch would have no row of.
-
-    Args:
-        weights: how often an epoch uses rows.
-        caches: sealed caches.
-        rows: of an epoch, by cache and domain.
 
     Raises:
         UsageError: there is such a weight, and it is not 0.

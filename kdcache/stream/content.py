@@ -76,10 +76,6 @@ class RowIndex:
     def __init__(self, path: Path, digest: str) -> None:
         """Open it.
 
-        Args:
-            path: of the file.
-            digest: of the cache.
-
         Raises:
             ValueError: it is not an index, or not the one of this cache.
         """
@@ -98,7 +94,6 @@ class RowIndex:
         files. Of processes that need it at once one makes it, and the others wait.
 
         Args:
-            cache: sealed.
             fresh: make it anew.
         """
         storage, name = cache.storage, f"{cache.digest[:32]}.index"
@@ -226,11 +221,6 @@ class DecodedRows:
 
     def __init__(self, path: Path, codec: Codec, ranks: np.ndarray | None) -> None:
         """Map its columns; a process of this machine hashes them once.
-
-        Args:
-            path: of the file, as `of_shard` writes it.
-            codec: of the cache.
-            ranks: its table from frequency rank to id.
 
         Raises:
             ValueError, KeyError, CorruptCacheError: the file was changed.

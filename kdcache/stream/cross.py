@@ -44,12 +44,8 @@ class CrossTokenizer(Reading):
     """A language model with a tokenizer of its own reads the text of the rows.
 
     Attributes:
-        tokenizer: the student's.
         method: what a batch's targets are of; see `kdcache.loss.chunks`.
         tau: likelihoods are compared as ``p ** (1 / tau)``.
-        vocab_size: ids of the student's tokenizer.
-        pad_id: fills up the student's rows.
-        groups: of ids, for `hybrid`.
     """
 
     vocab_size: int
@@ -106,11 +102,6 @@ class CrossTokenizer(Reading):
 
     def rows(self, cache: Cache, shard: int, data: ShardData) -> AlignedShard:
         """The rows of a shard next to the same as the student reads them.
-
-        Args:
-            cache: that has the shard.
-            shard: its number.
-            data: its rows.
 
         Raises:
             UsageError: some labels have no soft target, so that chunks would lack a part.
@@ -207,11 +198,7 @@ class CrossTokenizer(Reading):
         )
 
     def text(self, data: ShardData) -> TextChunks:
-        """The chunks of text of some rows, special tokens left out.
-
-        Args:
-            data: rows of a batch.
-        """
+        """The chunks of text of some rows, special tokens left out."""
         own = _aligned(data)
         spans = _spans(data, own)
         labels = data.labels[data.labels != IGNORE].astype(np.int64)
@@ -283,12 +270,7 @@ def paths_of(aligner: Aligner, vocab_size: int) -> np.ndarray:
 
 
 def groups_of(aligner: Aligner, vocab_size: int) -> Groups:
-    """Groups of the ids of two tokenizers; special tokens are with their like.
-
-    Args:
-        aligner: of the two.
-        vocab_size: ids that the teacher's targets are over.
-    """
+    """Groups of the ids of two tokenizers; special tokens are with their like."""
     teacher, student = aligner.teacher, aligner.student
     likes = like_marks(teacher, student).items()
     pairs = {mark: int(like[0]) for mark, like in likes if len(like) == 1}

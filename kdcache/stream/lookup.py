@@ -84,7 +84,6 @@ class _Wanted:
         at: where it begins in the flattened batch.
         ids: int32, its ids, at least up to the last label, which is one of them.
         labelled: int64, rising: which of its tokens have labels.
-        odd: how many labels are not the next id.
     """
 
     at: int
@@ -127,7 +126,6 @@ class TargetLookup:
         Args:
             caches: sealed caches of causal language models, opened or by URL. Of several the first
                 that has a row answers.
-            temperature: of the targets.
             labels: what a batch's labels stand with: the id itself, as in transformers, or the
                 one before it, as in kdcache's own batches.
             on_miss: "hard" leaves rows that are missed to the hard labels, and counts them.

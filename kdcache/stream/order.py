@@ -26,6 +26,7 @@ from kdcache.cache.shard import ShardData
 from kdcache.domains import Weights
 from kdcache.stream.batch import Batch
 from kdcache.stream.shard_rows import ShardRows
+from kdcache.targets.base import ragged_items
 
 _SHARDS, _ROWS, _KEEP = 0, 1, 2  # random numbers of their own for each use
 
@@ -47,14 +48,9 @@ def order(
     at a counter of their own for each (seed, epoch, stream, group), and no global state.
 
     Args:
-        seed: of the run, 0 or more.
-        epoch: counted from 0.
-        shard_rows: rows of each shard.
         group: shards whose rows are shuffled together.
         start: rows of the stream to leave out at the beginning.
-        shuffle: False gives the stored order.
         streams: stretches into which the epoch is cut.
-        stream: which of them, from 0.
 
     Yields:
         int64 [n, 2], (shard, row): the next n rows of the order, one array a group.
@@ -76,7 +72,7 @@ def order(
         begins = ends[here] - laid[here]
         lows = np.clip(low - begins, 0, laid[here])
         counts = np.clip(high - begins, 0, laid[here]) - lows
-        rows = np.stack([np.repeat(shards[here], counts), ranges(lows, counts)], axis=1)
+        rows = np.stack([np.repeat(shards[here], counts), ragged_items(lows, counts)], axis=1)
         if shuffle:
             rows = rows[_permutation(seed, epoch, _ROWS, index, stream, len(rows))]
         done = max(0, int(begins[0]) - low)
@@ -120,9 +116,6 @@ def share(first: int, rows: int, *, streams: int, rank: int, world_size: int, sl
     Args:
         first: rows of the epoch before this batch.
         rows: of the batch.
-        streams: of the run.
-        rank: this worker.
-        world_size: number of workers.
         slices: pieces into which each worker cuts its rows.
     """
     classes = math.gcd(streams, world_size)
@@ -140,13 +133,6 @@ def share(first: int, rows: int, *, streams: int, rank: int, world_size: int, sl
         bounds = bounds - bounds[0]
     reads = zip(mine.tolist(), lows.tolist(), (lows + counts).tolist(), strict=True)
     return Share([read for read in reads if read[1] < read[2]], bounds)
-
-
-def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Concatenation of `arange(start, start + length)` of all pairs, int64."""
-    total = int(lengths.sum())
-    shift = np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
-    return shift.astype(np.int64) + np.arange(total, dtype=np.int64)
 
 
 def cut(rows: int, pieces: int) -> np.ndarray:
@@ -202,10 +188,6 @@ def sources(caches: Sequence[Cache], weights: Weights) -> list[EpochShard]:
     A weight is a whole part, so many times all rows, and a share of them. Of a domain with n rows
     in a cache and the share s an epoch takes `floor(s * n + 1/2)` rows more: exact to half a row,
     however small the shards.
-
-    Args:
-        caches: sealed caches.
-        weights: how often an epoch uses rows.
     """
     found = []
     for index, cache in enumerate(caches):
@@ -232,12 +214,7 @@ def sources(caches: Sequence[Cache], weights: Weights) -> list[EpochShard]:
 def rows_by_domain(
     caches: Sequence[Cache], shards: Sequence[EpochShard]
 ) -> dict[tuple[int, str | None], int]:
-    """Rows of an epoch by cache and domain; 0 of those that it leaves out.
-
-    Args:
-        caches: sealed caches.
-        shards: of the epoch, as `sources` gives them.
-    """
+    """Rows of an epoch by cache and domain; 0 of those that it leaves out."""
     entries = [cache.manifest.shards for cache in caches]
     found = {(i, entry.domain): 0 for i, mine in enumerate(entries) for entry in mine}
     for shard in shards:
@@ -250,10 +227,8 @@ class Group:
     """Decoded shards of one group of a stream.
 
     Attributes:
-        stream: the one of these rows.
         first: row of the stream that the first of `rows` is.
         rows: rows of `pool` in the stream's order, all of one epoch.
-        pool: the shards.
     """
 
     stream: int
@@ -272,10 +247,7 @@ class Made:
     """A batch of a slice, and what the thread that takes it does with it.
 
     Attributes:
-        batch: without the count of all workers, where that has to be summed.
         positions: what this worker adds to the count; None where the batch has its count.
-        empty: whether its one row has the weight zero.
-        first: whether it is the first slice of its step.
         after: the cursor after it; None unless it is the last slice of its step.
         left_out: int64 [2], see `TargetStream.left_out`, of its rows.
     """
@@ -290,12 +262,7 @@ class Made:
 
 @dataclass
 class Walk:
-    """How far the groups of a stream have been planned.
-
-    Attributes:
-        groups: those that come next: (source, row) of each of their rows.
-        end: row of the stream after the last planned one.
-    """
+    """How far the groups of a stream have been planned."""
 
     groups: Iterator[np.ndarray]
     end: int
@@ -308,8 +275,6 @@ class Parts:
     Attributes:
         bounds: of this worker's slices among the rows of the step.
         slices: of each slice its rows so far, a pool at a time.
-        done: rows of the step so far.
-        positions: in them, those of all workers.
     """
 
     bounds: np.ndarray

@@ -102,8 +102,6 @@ class TargetStream(IterableDataset[Batch]):
             seed: of the order.
             temperature: of the targets, or a function of the step (global batches since the run
                 began); None leaves the targets out.
-            rank: this worker.
-            world_size: number of workers.
             accumulation: slices into which each rank cuts its part of a global batch.
             streams: stretches of the cache that are read side by side: the global batches depend
                 on them, and a rank reads its own. Default: those of the cursor, or one a worker.
@@ -118,7 +116,6 @@ class TargetStream(IterableDataset[Batch]):
                 least; divided by the number of streams.
             shuffle: False keeps the stored order (evaluation).
             drop_last: leave a shorter last batch of an epoch out.
-            cursor: where to begin.
             tokenize: text to tensors, for classifiers with a tokenizer of their own.
             cross: how the student reads, such as a `CrossTokenizer` for language models with a
                 tokenizer of their own. Default: by `tokenize`, or else the cached ids.

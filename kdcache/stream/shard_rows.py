@@ -74,11 +74,7 @@ class AlignedRows(Columns):
 
 @dataclass(kw_only=True)
 class AlignedShard(ShardData):
-    """Rows of a cache next to the same rows as the student reads them.
-
-    Attributes:
-        aligned: the same rows, in this order.
-    """
+    """Rows of a cache next to the same rows as the student reads them."""
 
     aligned: Annotated[AlignedRows | None, Nested("row", when=False)] = None
 
@@ -213,7 +209,6 @@ class ShardRows(RowPool[ShardData]):
         """Number the rows; no column is copied.
 
         Args:
-            parts: shards of one task and codec.
             soft: False leaves the soft targets out of every pick.
         """
         self._soft, self._codec = soft, SoftTargets.codec_of([part.targets for part in parts])

@@ -36,7 +36,6 @@ class RowKind(NamedTuple):
         """The kind of rows that a `RowSpec` makes.
 
         Args:
-            packing: of the spec.
             record_form: likewise. Records of ids may be several documents end to end.
         """
         return cls(packing in ("none", "whole"), packing != "concat" and record_form != "ids")
@@ -51,7 +50,6 @@ def cached_rows(cache: Cache, data: ShardData) -> list[CachedRow]:
     """The rows of a shard of a language model, to be aligned with those of a student.
 
     Args:
-        cache: that has the shard.
         data: its rows; their targets may be missing.
     """
     kind = RowKind.of_cache(cache)
@@ -87,21 +85,13 @@ class RowsText:
     def __init__(self, cache: Cache) -> None:
         """Read the tokenizer.
 
-        Args:
-            cache: one of a stream's, which all have its tokenizer.
-
         Raises:
             UsageError: a tokenizer that loses bytes of a text.
         """
         self._tokens = TokenBytes(cache.tokenizer(), "the cache's tokenizer")
 
     def label_bytes(self, cache: Cache, data: ShardData) -> npt.NDArray[np.int64]:
-        """`ShardData.label_bytes` of a shard; caches of a stream may differ in what rows hold.
-
-        Args:
-            cache: that has the shard.
-            data: its rows.
-        """
+        """`ShardData.label_bytes` of a shard; caches of a stream may differ in what rows hold."""
         found = [label_bytes(self._tokens, row) for row in cached_rows(cache, data)]
         sizes = [np.where(is_text, size, -1) for size, is_text in found]
         joined = np.concatenate([np.zeros(0, np.int64), *sizes])
@@ -111,11 +101,7 @@ class RowsText:
         return joined
 
     def __call__(self, data: ShardData) -> TextChunks:
-        """The chunks of some rows.
-
-        Args:
-            data: rows of a batch, in order.
-        """
+        """The chunks of some rows."""
         sizes = data.label_bytes
         assert sizes is not None, "a stream with text knows the bytes of all its labels"
         at = np.flatnonzero(sizes >= 0)
