@@ -269,36 +269,6 @@ def test_rows_that_are_not_kept_are_made_again(
         assert torch.equal(one, other)
 
 
-def test_of_a_chat_only_the_answers_have_labels(
-    folder: Path, tiny_lm: Path, tmp_path: Path
-) -> None:
-    answers = [f"The {word} is in the garden ☕." for word in ("cat", "statement", "expression")]
-    chats = [
-        {"messages": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": a}]}
-        for a in answers
-    ]
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    template = tmp_path / "template.jinja"
-    template.write_text(
-        "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }} A: {% else %}"
-        "{% generation %}{{ m.content }}<|end|>{% endgeneration %}{% endif %}{% endfor %}"
-    )
-    build(
-        BuildOptions(
-            teacher=(str(tiny_lm),), corpus=(str(tmp_path / "chats.jsonl"),), codec="topk:8",
-            out=str(tmp_path / "chats"), packing="none", chat_template=str(template), workers=0,
-        )
-    )  # fmt: skip
-    over = crossing(folder, "hybrid", "bytes")
-    stream = TargetStream(str(tmp_path / "chats"), batch_size=3, shuffle=False, cross=over)
-    batch = next(iter(stream))
-    own = AutoTokenizer.from_pretrained(folder / "bytes")
-    for labels, answer in zip(batch["labels"], answers, strict=True):
-        text = own.decode(labels[labels != IGNORE])
-        assert text in (answer[1:] + "<|end|>", answer + "<|end|>")
-    assert student(257)(**batch).loss.isfinite()
-
-
 def test_a_space_of_the_tokenizers_own_is_text_of_no_bytes(tmp_path: Path) -> None:
     """A student of the teacher's tokenizer has the same text, however its rows are read."""
     tokens = Path(__file__).parent / "tiny_tokenizers" / "pieces"

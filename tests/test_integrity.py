@@ -139,15 +139,30 @@ def test_values_that_no_teacher_gives_are_a_problem_though_every_hash_is_right(
 # Against the teacher
 
 
+@pytest.fixture(scope="module")
+def built(
+    tiny_lm: Path, text_corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> BuildOptions:
+    """A finished build, which tests have copies of."""
+    made = BuildOptions(
+        teacher=(str(tiny_lm),), corpus=(str(text_corpus),),
+        out=str(tmp_path_factory.mktemp("built") / "cache"), workers=0, codec="topk:8",
+        max_length=32, shard_tokens=800, limit=60,
+    )  # fmt: skip
+    build(made)
+    return made
+
+
 @pytest.fixture
-def options(small_build: BuildOptions) -> BuildOptions:
-    return dataclasses.replace(
-        small_build,
-        codec="topk:8",
-        max_length=32,
-        shard_tokens=800,
-        limit=60,
-    )
+def options(built: BuildOptions, tmp_path: Path) -> BuildOptions:
+    """The same, in a folder where nothing is yet."""
+    return dataclasses.replace(built, out=str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def copied(built: BuildOptions, tmp_path: Path) -> BuildOptions:
+    out = shutil.copytree(built.out, tmp_path / "copied")
+    return dataclasses.replace(built, out=str(out))
 
 
 def other_lm(tiny_tokenizer: Path, folder: Path) -> str:
@@ -253,12 +268,11 @@ def other_classifier(like: Path, folder: Path) -> str:
 
 @pytest.mark.slow
 def test_a_teacher_with_other_ids_or_classes_is_told_so(
-    options: BuildOptions, tiny_classifier: Path, tiny_tokenizer: Path, tmp_path: Path
+    built: BuildOptions, tiny_classifier: Path, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
-    build(dataclasses.replace(options, limit=10))
     small = make_tiny_lm(tiny_tokenizer, tmp_path / "small", vocab_size=299)
     with pytest.raises(UsageError, match="299 ids"):
-        recheck(Cache.open(options.out), [str(small)])
+        recheck(Cache.open(built.out), [str(small)])
     classes = make_cache(tmp_path / "classes", [5])
     with pytest.raises(UsageError, match="has the classes"):
         recheck(classes, [str(tiny_classifier)])
@@ -292,14 +306,13 @@ def test_a_teacher_with_a_head_of_its_own_width_is_run_again(
 
 @pytest.mark.slow
 def test_what_is_broken_is_removed_and_the_same_build_makes_only_that_anew(
-    options: BuildOptions,
+    copied: BuildOptions,
 ) -> None:
-    folder = Path(options.out)
-    spans = build(options).spans
+    options, folder = copied, Path(copied.out)
     whole = files(folder)
     digest = Cache.open(options.out).digest
     shards = sorted(name for name in whole if name.startswith("shards/"))
-    assert spans == len(shards) > 3
+    assert len(shards) > 3
 
     flip(folder / shards[1], 12345)
     (folder / shards[2]).unlink()
@@ -332,8 +345,8 @@ def test_what_is_broken_is_removed_and_the_same_build_makes_only_that_anew(
 
 
 @pytest.mark.slow
-def test_an_unfinished_cache_is_repaired_too(options: BuildOptions) -> None:
-    build(options)
+def test_an_unfinished_cache_is_repaired_too(copied: BuildOptions) -> None:
+    options = copied
     whole = files(Path(options.out))
     (Path(options.out) / "manifest.json").unlink()
     shard = min((Path(options.out) / "shards").iterdir())

@@ -132,32 +132,6 @@ def made_up(span: int) -> ShardEntry:
     return ShardEntry(span, f"{span:05d}-{digest[:16]}.h5", 1024, 2048, 2000, 19_000_000, digest)
 
 
-def test_a_seal_of_twenty_thousand_shards_reads_a_thousandth(tmp_path: Path) -> None:
-    """The last receipts are missing, as after SIGKILL; the listing is simulated."""
-    spans, lost = 20_000, 3
-    small = make_cache(tmp_path, [1], task=CLASSES)
-    (tmp_path / "manifest.json").unlink()
-    cache = Cache(small.storage, dataclasses.replace(small.spec, spans=spans), None, {}, {})
-    (tmp_path / "events").mkdir()
-    entries = [made_up(span) for span in range(spans)]
-    receipts = Receipts(cache.storage)
-    for entry in entries[:-lost]:
-        receipts.add(entry)
-    names, list_folder = [entry.name for entry in entries], cache.storage.names
-    listed = lambda folder: names if folder == "shards" else list_folder(folder)  # noqa: E731
-    with (
-        mock.patch.object(cache.storage, "names", side_effect=listed),
-        mock.patch.object(cache.storage, "sizes", return_value={e.name: e.bytes for e in entries}),
-        mock.patch.object(
-            sealing, "shard_entry", side_effect=lambda _, span, __: entries[span]
-        ) as read,
-    ):
-        assert prepare_manifest(cache).shards == tuple(entries)
-    assert [call.args[1] for call in read.call_args_list] == [spans - i for i in (3, 2, 1)]
-    size = receipt_file(tmp_path).stat().st_size
-    assert size + lost * entries[0].bytes <= 0.001 * sum(entry.bytes for entry in entries)
-
-
 @pytest.mark.end_to_end
 def test_a_build_that_is_resumed_reads_no_shard_with_a_receipt_of_its_first_run(
     small_build: BuildOptions, tmp_path: Path

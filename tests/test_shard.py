@@ -187,3 +187,31 @@ def test_what_is_not_this_shard_is_refused(tmp_path: Path) -> None:
         read_shard(path, CODECS[0])
     with pytest.raises(CorruptCacheError, match="manifest says"):
         read_shard(path, CODECS[1], counts=ShardCounts(9, 9, 9))
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        (10**12, "needs up to 32000000002128 bytes of memory"),  # 2 TB stored, more decoded
+        (10**7, "claims 20000000 bytes"),  # little enough for the memory, more than is stored
+    ],
+)
+def test_a_column_that_lies_about_its_length_is_refused_before_it_is_read(
+    length: int, message: str, tmp_path: Path
+) -> None:
+    data = causal_data([5], CODECS[1])
+    path = tmp_path / "a.h5"
+    write_shard(path, data, attributes={})
+    with h5py.File(path, "a", locking=False) as file:
+        del file["rows/input_ids"]
+        file.create_dataset(
+            "rows/input_ids",
+            shape=(length,),
+            dtype="u2",
+            chunks=(1 << 18,),
+            compression="gzip",
+            shuffle=True,
+            fletcher32=True,
+        )
+    with pytest.raises(CorruptCacheError, match=message):
+        read_shard(path, CODECS[1])

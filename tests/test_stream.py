@@ -27,7 +27,6 @@ from kdcache.stream import (
     Batch,
     Collator,
     Cursor,
-    ShardRows,
     TargetDataset,
     TargetStream,
     order,
@@ -671,34 +670,6 @@ def test_batches_for_a_gpu_are_page_locked(causal: Cache) -> None:
         values = [*batch.values(), *vars(batch["targets"]).values()]
         assert all(value.is_pinned() for value in values if isinstance(value, torch.Tensor))
         assert same_batch(batch, same)
-
-
-def test_a_pool_picks_from_several_shards(classes: Cache) -> None:
-    parts = [classes.read(span) for span in range(4)]
-    parts[1].type_ids = None  # as in a cache whose teacher knows no second sentence
-    parts[2].text_pairs = [f"pair {i}" for i in range(len(parts[2]))]
-    pool = ShardRows(parts)
-    assert pool.first.tolist() == [0, 5, 8, 17, 18]
-    picks = [(0, 4), (2, 3), (1, 0), (2, 3), (3, 0)]
-    taken = pool.take(np.array([pool.first[part] + row for part, row in picks]))
-    for i, (part, row) in enumerate(picks):
-        mine, whole = taken.row(i), parts[part].row(row)
-        assert (mine.input_ids.tolist(), mine.labels, mine.text) == (
-            whole.input_ids.tolist(), whole.labels, whole.text,
-        )  # fmt: skip
-        types = [0] * len(whole.input_ids) if whole.type_ids is None else whole.type_ids.tolist()
-        assert mine.type_ids is not None
-        assert mine.type_ids.tolist() == types
-        assert mine.text_pair == ("pair 3" if part == 2 else "")
-        logits = parts[part].targets.columns["logits"][row]
-        assert np.array_equal(taken.targets.columns["logits"][i], logits)
-    assert ShardRows(parts, soft=False).take(np.array([3, 1])).targets.columns["logits"].shape == (
-        0,
-        3,
-    )
-    assert ShardRows(parts, soft=False).positions.sum() == sum(
-        (p.labels != -100).sum() for p in parts
-    )
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])

@@ -15,7 +15,6 @@ import h5py
 import numpy as np
 import pytest
 from broken_caches import files, flip, golden_copy, naming, run
-from loaded import Program
 from make_caches import CAUSAL, make_cache
 
 from kdcache.cache import Cache, sandbox
@@ -353,62 +352,6 @@ def test_attributes_are_plain_too(shard: Path) -> None:
             else:
                 file.attrs[name] = before
         read_shard(shard, CODEC)
-
-
-@pytest.mark.slow
-def test_claims_take_no_memory(shard: Path, golden: Path) -> None:
-    """All of them in one process that has little, beyond what its libraries take."""
-    with h5py.File(shard, "a", locking=False) as file:
-        for name in ("rows", "tokens", "positions"):
-            file.attrs[name] = 10**12
-        for name in ("lengths", "input_ids", "has_label", "next_ids"):
-            kind = file[f"rows/{name}"].dtype
-            del file[f"rows/{name}"]
-            file.create_dataset(
-                f"rows/{name}",
-                (10**12,),
-                kind,
-                chunks=(1000,),
-                compression="gzip",
-                shuffle=True,
-                fletcher32=True,
-            )
-    resealed(
-        golden / "manifest.json",
-        lambda v: (v.update(rows=10**12), v["shards"][0].update(rows=10**12)),
-    )
-    code = f"""
-import resource
-from pathlib import Path
-from kdcache.cache import Cache
-from kdcache.errors import CorruptCacheError
-from kdcache.targets.soft import read_ranks
-from kdcache.cache.hdf5 import read_all
-from kdcache.cache.shard import ShardCounts, read_shard
-from kdcache.targets import Codec, TopK
-
-taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (taken + (64 << 20), taken + (64 << 20)))
-codec, n = Codec.parse("topk:3", (1.0,), 64), 10**12
-for claim in (
-    lambda: Cache.open({str(golden)!r}),
-    lambda: read_shard(Path({str(shard)!r}), codec, counts=ShardCounts(n, n, n)),
-    lambda: read_all(Path({str(shard)!r})),
-    lambda: read_ranks(bytes(4), 2**31 - 1),
-):
-    try:
-        claim()
-    except CorruptCacheError as error:
-        print("refused:", error)
-"""
-    program = Program("python", "-c", code)
-    said = program.communicate()
-    assert program.returncode == 0, said
-    lines = said.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["refused"] * 4
-    assert "1000000000000" in lines[0]
-    assert "bytes of memory" in lines[1]
-    assert re.search(r"claims \d{13} bytes", lines[2])
 
 
 # Another process opens a file first
