@@ -30,17 +30,14 @@ from kdcache.commands.export import export
 from kdcache.commands.inspect import inspect
 from kdcache.commands.options import (
     ExportOptions,
-    GcOptions,
     InspectOptions,
     PlanOptions,
-    RepairOptions,
     ReportOptions,
     TranscodeOptions,
 )
 from kdcache.commands.plan.plan import plan
 from kdcache.commands.report.report import report
 from kdcache.commands.transcode import transcode
-from kdcache.commands.upkeep import gc, repair
 from kdcache.corpus import Corpus, named
 from kdcache.domains import Named
 from kdcache.errors import CorruptCacheError, UsageError
@@ -350,21 +347,6 @@ def test_a_killed_build_goes_on_with_its_domains_and_no_others(
 
 
 @pytest.mark.slow
-def test_repair_and_gc_keep_the_names(mixed: BuildOptions) -> None:
-    build(mixed)
-    cache = Cache.open(mixed.out)
-    before = Path(mixed.out, "manifest.json").read_bytes()
-    damaged = Path(mixed.out, "shards", cache.manifest.shards[-1].name)
-    damaged.write_bytes(damaged.read_bytes()[:-9])
-    Path(mixed.out, "manifest.json").write_text("{}")
-    repair(RepairOptions(mixed.out))
-    gc(GcOptions(mixed.out))
-    build(mixed)
-    assert Path(mixed.out, "manifest.json").read_bytes() == before
-    assert not list(problems(Cache.open(mixed.out)))
-
-
-@pytest.mark.slow
 def test_a_domain_without_rows_is_told(
     mixed: BuildOptions, lines: Lines, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -376,17 +358,6 @@ def test_a_domain_without_rows_is_told(
     assert [(d.name, d.rows > 0) for d in made.domains] == [("web", True), ("de", False)]
     assert "the corpus de has no usable row (0 records skipped, 9 filtered)" in caplog.text
     assert not list(problems(Cache.open(mixed.out)))
-
-
-@pytest.mark.slow
-def test_a_dataset_may_be_a_domain(mixed: BuildOptions, corpus_texts: list[str]) -> None:
-    data = FakeDataset([{"text": text} for text in corpus_texts[100:110]])
-    corpora: Any = {"rows": data, "web": mixed.corpus[0].partition("=")[2]}
-    made = build(dataclasses.replace(mixed, corpus=corpora))
-    assert [d.name for d in made.domains] == ["rows", "web"]
-    assert all(d.rows for d in made.domains)
-    again = build(dataclasses.replace(mixed, corpus=corpora))
-    assert again.made == 0
 
 
 # Caches from elsewhere

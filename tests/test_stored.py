@@ -16,6 +16,7 @@ from kdcache.cache import Cache
 from kdcache.commands.build.options import BuildOptions
 from kdcache.corpus import Corpus
 from kdcache.corpus.stored import stored
+from kdcache.domains import Named
 from kdcache.errors import UsageError
 
 
@@ -58,7 +59,7 @@ def test_rows_are_written_in_files_of_a_size_and_only_when_they_change(
     assert stored([FakeDataset(rows(2500))], out) == patterns
     assert [path.stat().st_mtime_ns for path in files] == times
     assert stored(["a.jsonl", FakeDataset(rows(7))], out)[0] == "a.jsonl"
-    assert stored([FakeDataset(rows(7))], out) == patterns
+    assert stored([Named("web", FakeDataset(rows(7)))], out) == (Named("web", *patterns),)
     assert read(patterns) == rows(7)
     assert sorted(path.name for path in (tmp_path / "cache.corpus").iterdir()) == ["0", "1"]
 

@@ -261,14 +261,6 @@ class Made:
 
 
 @dataclass
-class Walk:
-    """How far the groups of a stream have been planned."""
-
-    groups: Iterator[np.ndarray]
-    end: int
-
-
-@dataclass
 class Parts:
     """Rows of one step as they are read.
 

@@ -45,7 +45,6 @@ from kdcache.stream.order import (
     Made,
     Parts,
     Share,
-    Walk,
     order,
     rows_by_domain,
     share,
@@ -329,14 +328,16 @@ class TargetStream(IterableDataset[Batch]):
         """
         sizes = [source.rows for source in self._sources]
         # Made when a stream is first needed: most ranks read few of many streams.
-        walks: dict[int, Walk] = {}
+        groups: dict[int, Iterator[np.ndarray]] = {}
+        ends: dict[int, int] = {}  # rows of each stream after the last that is planned
         epoch = cursor.epoch
         for now, _, mine in self._steps(cursor, epochs):
             if now.epoch != epoch:
-                epoch, walks = now.epoch, {}
+                epoch, groups, ends = now.epoch, {}, {}
             for stream, low, high in mine.reads:
-                if stream not in walks:
-                    groups = order(
+                if stream not in ends:
+                    ends[stream] = low
+                    groups[stream] = order(
                         self.seed,
                         epoch,
                         sizes,
@@ -346,12 +347,10 @@ class TargetStream(IterableDataset[Batch]):
                         streams=self.streams,
                         stream=stream,
                     )
-                    walks[stream] = Walk(groups, low)
-                walk = walks[stream]
-                while walk.end < high:
-                    pairs, first = next(walk.groups), walk.end
-                    walk.end += len(pairs)
-                    if walk.end > low:  # else another rank's
+                while ends[stream] < high:
+                    pairs, first = next(groups[stream]), ends[stream]
+                    ends[stream] += len(pairs)
+                    if ends[stream] > low:  # else another rank's
                         yield stream, first, pairs, epoch
 
     def _shards(self, pairs: np.ndarray) -> dict[tuple[int, int], int]:

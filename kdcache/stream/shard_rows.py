@@ -9,7 +9,7 @@ A student of another tokenizer has the same rows in its own tokens next to them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Annotated, Any, Generic, TypeVar
@@ -138,9 +138,9 @@ class RowPool(Generic[Part]):
         """Columns of some rows, in the given order; repetition is fine.
 
         Args:
-            rows: int64 [n], n being 1 or more; None for all.
+            rows: int64 [n]; None for all.
         """
-        picked = _Whole(self) if rows is None else _Picked(self, rows)
+        picked = _Picked(self, np.arange(len(self)) if rows is None else rows)
         found: dict[str, Any] = {}
         for name, (column, values) in self._columns.items():
             if values is None:
@@ -161,21 +161,6 @@ class RowPool(Generic[Part]):
         return self._ends[axis]
 
 
-class _Whole:
-    """All rows of a pool."""
-
-    def __init__(self, pool: RowPool[Any]) -> None:
-        self._parts = pool.parts
-
-    def sizes(self, axis: str) -> np.ndarray:
-        """How many items of an axis each row has."""
-        return np.concatenate([np.diff(part.ends(axis)) for part in self._parts])
-
-    def stretches(self, axis: str) -> Iterable[tuple[int, int | None, int | None]]:
-        """Where these items are: part, begin, end."""
-        return ((part, None, None) for part in range(len(self._parts)))
-
-
 class _Picked:
     """Some rows of a pool. Those that follow each other in a part are one stretch."""
 
@@ -193,12 +178,12 @@ class _Picked:
         ends = self._pool.ends(axis)
         return np.asarray(ends[self._at + 1] - ends[self._at])
 
-    def stretches(self, axis: str) -> Iterable[tuple[int, int | None, int | None]]:
-        """Where these items are: part, begin, end."""
+    def stretches(self, axis: str) -> list[tuple[int, int, int]]:
+        """Where these items are: part, begin, end; an empty one where there are none."""
         if axis not in self._known:
             ends = self._pool.ends(axis)
             bounds = ends[self._begin].tolist(), ends[self._end].tolist()
-            self._known[axis] = list(zip(self._parts, *bounds, strict=True))
+            self._known[axis] = list(zip(self._parts, *bounds, strict=True)) or [(0, 0, 0)]
         return self._known[axis]
 
 
@@ -235,7 +220,7 @@ class ShardRows(RowPool[ShardData]):
         """Some rows, in the given order; repetition is fine.
 
         Args:
-            rows: int64 [n], n being 1 or more; None for all.
+            rows: int64 [n]; None for all.
         """
         part, found = self.parts[0], self.gather(rows)
         columns = {c.name: found.pop(f"targets/{c.name}") for c in self._codec.columns}
