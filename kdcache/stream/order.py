@@ -9,23 +9,18 @@ reads: with as many workers as streams, those of one stream.
 
 Cost: one sort of 64-bit words a group, stream and epoch; memory for one group's row numbers.
 Guarantee: a permutation of all rows, the same on every machine, numpy version and world size.
-
-What the threads of a stream hand to each other: groups of decoded shards, and their batches.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from kdcache.cache import Cache
-from kdcache.cache.shard import ShardData
 from kdcache.domains import Weights
-from kdcache.stream.batch import Batch
-from kdcache.stream.shard_rows import ShardRows
 from kdcache.targets.base import ragged_items
 
 _SHARDS, _ROWS, _KEEP = 0, 1, 2  # random numbers of their own for each use
@@ -220,69 +215,3 @@ def rows_by_domain(
     for shard in shards:
         found[shard.cache, entries[shard.cache][shard.shard].domain] += shard.rows
     return found
-
-
-@dataclass
-class Group:
-    """Decoded shards of one group of a stream.
-
-    Attributes:
-        first: row of the stream that the first of `rows` is.
-        rows: rows of `pool` in the stream's order, all of one epoch.
-    """
-
-    stream: int
-    first: int
-    rows: np.ndarray
-    pool: ShardRows
-
-    @property
-    def end(self) -> int:
-        """Row of the stream after the last."""
-        return self.first + len(self.rows)
-
-
-@dataclass
-class Made:
-    """A batch of a slice, and what the thread that takes it does with it.
-
-    Attributes:
-        positions: what this worker adds to the count; None where the batch has its count.
-        after: the cursor after it; None unless it is the last slice of its step.
-        left_out: int64 [2], see `TargetStream.left_out`, of its rows.
-    """
-
-    batch: Batch
-    positions: int | None
-    empty: bool
-    first: bool
-    after: Cursor | None
-    left_out: np.ndarray
-
-
-@dataclass
-class Parts:
-    """Rows of one step as they are read.
-
-    Attributes:
-        bounds: of this worker's slices among the rows of the step.
-        slices: of each slice its rows so far, a pool at a time.
-    """
-
-    bounds: np.ndarray
-    slices: list[list[ShardData]] = field(init=False)
-    done: int = 0
-    positions: int = 0
-
-    def __post_init__(self) -> None:
-        self.slices = [[] for _ in self.bounds[1:]]
-
-    def add(self, pool: ShardRows, rows: np.ndarray) -> None:
-        """Take in the next rows, and pick those that are in a slice."""
-        self.positions += int(pool.positions[rows].sum())
-        bounds = np.maximum(self.bounds - self.done, 0)
-        for i, part in enumerate(self.slices):
-            mine = rows[bounds[i] : bounds[i + 1]]
-            if len(mine):
-                part.append(pool.take(mine))
-        self.done += len(rows)

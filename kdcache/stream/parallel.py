@@ -1,5 +1,6 @@
-"""Runs an iterable in a thread, a bounded number of items ahead of its consumer.
+"""The threads of a stream, what they hand to each other, and a sum over the workers of a training.
 
+`Background` runs an iterable in a thread, a bounded number of items ahead of its consumer.
 Guarantee: items in order, errors raised where the items are taken, no thread left after `close`.
 
 A sum over the workers of a training, for the count that a step's loss is divided by.
@@ -14,12 +15,18 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, distributed
 
+from kdcache.cache.shard import ShardData
 from kdcache.errors import UsageError
+from kdcache.stream.batch import Batch
+from kdcache.stream.order import Cursor
+from kdcache.stream.shard_rows import ShardRows
 
 T = TypeVar("T")
 
@@ -83,6 +90,72 @@ class Background(Generic[T]):
             self._ready.clear()
             self._change.notify_all()
         self._thread.join()
+
+
+@dataclass
+class Group:
+    """Decoded shards of one group of a stream.
+
+    Attributes:
+        first: row of the stream that the first of `rows` is.
+        rows: rows of `pool` in the stream's order, all of one epoch.
+    """
+
+    stream: int
+    first: int
+    rows: np.ndarray
+    pool: ShardRows
+
+    @property
+    def end(self) -> int:
+        """Row of the stream after the last."""
+        return self.first + len(self.rows)
+
+
+@dataclass
+class Made:
+    """A batch of a slice, and what the thread that takes it does with it.
+
+    Attributes:
+        positions: what this worker adds to the count; None where the batch has its count.
+        after: the cursor after it; None unless it is the last slice of its step.
+        left_out: int64 [2], see `TargetStream.left_out`, of its rows.
+    """
+
+    batch: Batch
+    positions: int | None
+    empty: bool
+    first: bool
+    after: Cursor | None
+    left_out: np.ndarray
+
+
+@dataclass
+class Parts:
+    """Rows of one step as they are read.
+
+    Attributes:
+        bounds: of this worker's slices among the rows of the step.
+        slices: of each slice its rows so far, a pool at a time.
+    """
+
+    bounds: np.ndarray
+    slices: list[list[ShardData]] = field(init=False)
+    done: int = 0
+    positions: int = 0
+
+    def __post_init__(self) -> None:
+        self.slices = [[] for _ in self.bounds[1:]]
+
+    def add(self, pool: ShardRows, rows: np.ndarray) -> None:
+        """Take in the next rows, and pick those that are in a slice."""
+        self.positions += int(pool.positions[rows].sum())
+        bounds = np.maximum(self.bounds - self.done, 0)
+        for i, part in enumerate(self.slices):
+            mine = rows[bounds[i] : bounds[i + 1]]
+            if len(mine):
+                part.append(pool.take(mine))
+        self.done += len(rows)
 
 
 class SumOverRanks:

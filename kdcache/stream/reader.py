@@ -38,19 +38,8 @@ from kdcache.domains import Weights
 from kdcache.errors import UsageError
 from kdcache.stream.batch import Batch, Reading, Tokenize, reading_of, shared_columns
 from kdcache.stream.checks import check_caches, check_mix, checked_weights, open_caches
-from kdcache.stream.order import (
-    Cursor,
-    EpochShard,
-    Group,
-    Made,
-    Parts,
-    Share,
-    order,
-    rows_by_domain,
-    share,
-    sources,
-)
-from kdcache.stream.parallel import Background, SumOverRanks
+from kdcache.stream.order import Cursor, EpochShard, Share, order, rows_by_domain, share, sources
+from kdcache.stream.parallel import Background, Group, Made, Parts, SumOverRanks
 from kdcache.stream.shard_rows import ShardRows, join
 
 _GROUP_BYTES = 1 << 25
