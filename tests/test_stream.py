@@ -275,6 +275,7 @@ def test_any_workers_share_the_batches_of_one_and_go_on_where_others_stopped(
         assert [flat(step) for step in seen] == whole
 
     if drop_last:
+        assert [len(batch) for batch in whole] == [batch_size] * (2 * (rows // batch_size))
         return
     for epoch in (whole[: alone.steps], whole[alone.steps :]):
         times = Counter(flat(epoch))
