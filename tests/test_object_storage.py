@@ -481,8 +481,9 @@ def test_a_cache_built_anew_at_the_same_place_is_not_the_old_one(
 
 
 def test_unfinished_uploads_are_removed(
-    proxy: Proxy, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    proxy: Proxy, server: S3Server, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)  # the proxy leaves out what the time is
     make_cache(tmp_path / "cache", [4])
     upload(tmp_path / "cache", url)
     store, key = s3fs.S3FileSystem(), url.removeprefix(f"s3://{BUCKET}/")
