@@ -362,6 +362,17 @@ def test_chunks_and_labels_are_those_that_single_bytes_show(a: str, b: str, data
     check_against_bytes(teacher, student, row, own, likes_of(teacher, student), found)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_with_one_tokenizer_on_both_sides_each_token_is_a_chunk(name: str) -> None:
+    tokens = table(name)
+    ids, _ = row_of(tokens, ["The boat saw the cat.", "A cat, 12 boats; \U0001f469 and more"])
+    (found,) = Aligner(tokens, tokens).align([cached(ids, opens=True)])
+    assert found.input_ids.tolist() == ids[:-1].tolist()
+    assert found.labels.tolist() == ids[1:].tolist()
+    each = [[i, i + 1] for i in range(len(ids) - 1)]
+    assert found.teacher_spans.tolist() == found.student_spans.tolist() == each
+
+
 def test_the_first_token_after_a_prompt_and_one_across_its_end() -> None:
     teacher, student = table("bytes"), table("pieces")
     prompt, answer = teacher.tokenise(["said th", "e boat saw"], opens=False)
