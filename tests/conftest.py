@@ -127,6 +127,24 @@ def tiny_tokenizer(corpus_texts: list[str], tmp_path_factory: pytest.TempPathFac
     return folder
 
 
+def byte_tokenizer(texts: list[str], *, mask: bool = False, ends: bool = False) -> Any:
+    """A byte-level BPE tokenizer of 300 ids with an end, a padding and if asked a mask; `ends`: it
+    puts the end behind each text."""
+    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    names = {"eos_token": "<|end|>", "pad_token": "<pad>"}
+    names |= {"mask_token": "<mask>"} if mask else {}
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, 300, special_tokens=[*names.values()], show_progress=False)
+    if ends:
+        bpe._tokenizer.post_processor = TemplateProcessing(
+            single="$A <|end|>", special_tokens=[("<|end|>", 0)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **names)
+
+
 def make_tiny_lm(tokenizer: Path, folder: Path, *, vocab_size: int = 300, seed: int = 0) -> Path:
     """Save a random two-layer Llama beside a copy of the tokenizer."""
     import torch

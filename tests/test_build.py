@@ -25,12 +25,7 @@ import pytest
 import torch
 from broken_caches import files
 from conftest import further, make_tiny_lm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
+from transformers import AutoModelForCausalLM
 
 from kdcache.cache import Cache
 from kdcache.cache.check import problems
@@ -154,30 +149,6 @@ def test_vocabularies_of_any_size(vocabulary: int, width: int, codec: str, tmp_p
         torch.testing.assert_close(p.gather(1, targets.ids), best, rtol=5e-3, atol=1e-3)
     total = targets.weights.sum(-1) + targets.tail
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-5)
-
-
-def test_a_text_longer_than_a_roberta_reaches_is_cut(tiny_tokenizer: Path, tmp_path: Path) -> None:
-    config = RobertaConfig(
-        vocab_size=300,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=20,  # of which two are never used
-        pad_token_id=1,
-    )
-    teacher = tmp_path / "roberta"
-    RobertaForSequenceClassification(config).save_pretrained(teacher)
-    AutoTokenizer.from_pretrained(tiny_tokenizer, model_max_length=18).save_pretrained(teacher)
-    corpus = tmp_path / "long.tsv"
-    corpus.write_text("text\tlabel\n" + "a long text " * 50 + "\t1\n")
-    out = str(tmp_path / "cache")
-    build(
-        BuildOptions(
-            (str(teacher),), (str(corpus),), out, task="sequence-classification", workers=0
-        )
-    )
-    assert len(Cache.open(out).read(0).row(0).input_ids) == 18
 
 
 @pytest.mark.parametrize("total", [1, 10**6, 10**9, 10**12, 10**15])

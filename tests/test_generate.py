@@ -97,6 +97,10 @@ def test_a_corpus_has_each_sample_of_each_prompt_once_and_build_reads_it(
     assert result.tokens == sum(len(row["logprobs"]) for row in rows)
     nats = -sum(sum(row["logprobs"]) for row in rows)
     assert result.nats == pytest.approx(nats / result.tokens, rel=1e-6)
+    for path in Path(options.out, "shards").iterdir():
+        facts = json.loads(pq.read_schema(path).metadata[b"kdcache"])
+        assert facts["sampling"]["samples"] == SAMPLES
+        assert facts["fingerprint"] == GeneratedCorpus.open(options.out).spec.fingerprint
 
     built = build(
         BuildOptions(
@@ -230,7 +234,7 @@ def test_a_generation_resumes_and_asks_no_prompt_again(
         generate(replace(options, temperature=0.5))
 
 
-@pytest.mark.parametrize("points", [3, pytest.param(20, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("points", [2, pytest.param(20, marks=pytest.mark.exhaustive)])
 def test_a_killed_generation_ends_as_if_never_killed(
     options: GenerateOptions, tmp_path: Path, points: int
 ) -> None:
@@ -250,15 +254,16 @@ def test_a_killed_generation_ends_as_if_never_killed(
         assert there.items() <= after.items()
 
 
-def test_parts_and_ray_write_the_same(
-    options: GenerateOptions, whole: GenerateOptions, ray: None
-) -> None:
+def test_parts_write_the_same(options: GenerateOptions, whole: GenerateOptions) -> None:
     assert generate(replace(options, part="1/2")).missing > 0
     assert generate(replace(options, part="2/2")).missing == 0
     assert shards(options.out) == shards(whole.out)
-    on_ray = replace(options, out=f"{options.out}-ray", workers=2, cpus_per_worker=1)
-    assert generate(on_ray).answers == 80
-    assert shards(on_ray.out) == shards(whole.out)
+
+
+@pytest.mark.exhaustive  # the workers are those of every plan of shards: see `test_faults`
+def test_ray_writes_the_same(options: GenerateOptions, whole: GenerateOptions, ray: None) -> None:
+    assert generate(replace(options, workers=2, cpus_per_worker=1)).answers == 80
+    assert shards(options.out) == shards(whole.out)
 
 
 def test_a_store_holds_the_same_and_is_read(whole: GenerateOptions, tmp_path: Path) -> None:
@@ -306,13 +311,6 @@ def test_what_is_not_a_generated_corpus_is_told_apart(
     other.write_bytes(next(Path(options.out, "shards").iterdir()).read_bytes())
     with pytest.raises(UsageError, match="not in its manifest"):
         build(replace(small_build, corpus=(options.out,), out="c"))
-
-
-def test_shards_say_what_they_are(whole: GenerateOptions) -> None:
-    for path in Path(whole.out, "shards").iterdir():
-        facts = json.loads(pq.read_schema(path).metadata[b"kdcache"])
-        assert facts["sampling"]["samples"] == SAMPLES
-        assert facts["fingerprint"] == GeneratedCorpus.open(whole.out).spec.fingerprint
 
 
 def test_changed_prompts_are_refused(options: GenerateOptions, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
 )
+from zoo import Species, make
 
 from kdcache.commands.build.build import build
 from kdcache.commands.build.options import BuildOptions
@@ -44,28 +45,21 @@ def rope(kind: str) -> dict[str, Any]:
     }
 
 
+def saved(species: Species, folder: Path, auto: Any = AutoModelForCausalLM) -> Path:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = species.config(vocab_size=64, pad_token_id=0)
+        auto.from_config(config).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(params=["llama", "phi3"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A tiny model that was stretched from `ORIGINAL` tokens."""
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     stretched = {"max_position_embeddings": ORIGINAL if request.param == "llama" else 4 * ORIGINAL}
     if request.param == "phi3":
         stretched["original_max_position_embeddings"] = ORIGINAL
-    config = AutoConfig.for_model(
-        request.param,
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        initializer_range=0.3,
-        pad_token_id=0,
-        rope_parameters=rope(request.param),
-        **sizes,
-        **stretched,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    return tmp_path
+    return saved(make(request.param, rope_parameters=rope(request.param), **stretched), tmp_path)
 
 
 def rows_of(*lengths: int) -> list[Row]:
@@ -96,23 +90,9 @@ def test_a_row_has_the_logits_that_it_has_alone(folder: Path) -> None:
 
 
 def test_a_bigbird_attends_to_blocks_of_long_rows_alone(tmp_path: Path) -> None:
-    config = AutoConfig.for_model(
-        "big_bird",
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        attention_type="block_sparse",
-        block_size=4,
-        num_random_blocks=1,
-        pad_token_id=0,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    sparse = {"attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1}
+    species = make("big_bird", max_position_embeddings=512, **sparse)
+    saved(species, tmp_path, AutoModelForSequenceClassification)
     options = TeacherOptions((str(tmp_path),), "sequence-classification", device="cpu")
     teacher = Teacher(options, 2)
     teacher.probe(class_rows(9, 7, 5))
@@ -139,10 +119,7 @@ def test_a_student_forgets_the_length_of_earlier_batches(folder: Path) -> None:
 
 def test_a_student_is_saved_in_the_scale_in_which_it_is_trained(tmp_path: Path) -> None:
     """RWKV divides weights in evaluation: a run that evaluated last saved another student."""
-    config = AutoConfig.for_model(
-        "rwkv", vocab_size=64, hidden_size=32, num_hidden_layers=4, rescale_every=2
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    saved(make("rwkv", num_hidden_layers=4, rescale_every=2), tmp_path / "model")
     student = load_student(str(tmp_path / "model"), StudentInfo("causal-lm", 64))
     before = {name: weight.clone() for name, weight in student.state_dict().items()}
     (row,) = rows_of(9)
@@ -158,23 +135,9 @@ def test_a_student_is_saved_in_the_scale_in_which_it_is_trained(tmp_path: Path) 
 
 def test_an_evaluation_leaves_the_capacity_of_experts_alone(tmp_path: Path) -> None:
     """NLLB-MoE went on to train with the capacity of the last batch that was evaluated."""
-    sizes = dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "d_model"), 32)
-    layers = dict.fromkeys(("encoder_layers", "decoder_layers"), 2)
-    heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
     sparse = {"encoder_sparse_step": 1, "decoder_sparse_step": 1, "num_experts": 4}
-    still = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0)
-    still |= dict.fromkeys(("moe_token_dropout", "encoder_layerdrop", "decoder_layerdrop"), 0.0)
-    config = AutoConfig.for_model(
-        "nllb-moe",
-        vocab_size=64,
-        max_position_embeddings=64,
-        decoder_start_token_id=2,
-        init_std=0.3,
-        **{**sizes, **layers, **heads, **sparse, **still},
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "model")
+    species = make("nllb-moe", decoder_start_token_id=2, **sparse)
+    saved(species, tmp_path / "model", AutoModelForSeq2SeqLM)
     student = load_student(str(tmp_path / "model"), StudentInfo("seq2seq-lm", 64))
 
     def logits(length: int) -> torch.Tensor:

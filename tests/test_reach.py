@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tokenizers import ByteLevelBPETokenizer
-from transformers import PreTrainedTokenizerFast
+from conftest import byte_tokenizer
 from zoo import CAUSAL, CLASSIFIERS, MASKED, PAD, SEQ2SEQ, TAGGERS, UNPADDED, Species, forms, make
 
 import kdcache
@@ -93,13 +92,7 @@ def test_both_sides_of_a_model_read_as_far_as_is_said(species: Species) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus_texts: list[str]) -> Any:
-    bpe = ByteLevelBPETokenizer()
-    special = ["<|end|>", "<pad>", "<mask>"]
-    bpe.train_from_iterator(corpus_texts, 300, special_tokens=special, show_progress=False)
-    found = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer,
-        **dict(zip(("eos_token", "pad_token", "mask_token"), special, strict=True)),
-    )
+    found = byte_tokenizer(corpus_texts, mask=True)
     assert found.pad_token_id == PAD
     return found
 

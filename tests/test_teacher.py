@@ -487,6 +487,7 @@ def test_a_tokenizers_files_do_not_tell_how_it_was_loaded(
     assert again("some words").input_ids == called("some words").input_ids
 
 
+@pytest.mark.exhaustive  # what places and environments change is the tokenizer's files: above
 @pytest.mark.end_to_end
 def test_two_places_and_environments_build_the_same_cache(
     tiny_lm: Path, text_corpus: Path, small_build: BuildOptions, tmp_path: Path

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import byte_tokenizer
 from task_examples import LOSSES
 from torch import Tensor
 from zoo import (
@@ -152,24 +153,8 @@ def field(dens: Dens) -> Den:
 
 
 def _den(task: str, texts: list[str], folder: Path) -> Den:
-    from tokenizers import ByteLevelBPETokenizer
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = ByteLevelBPETokenizer()
-    special = ["<|end|>", "<pad>"]
-    if task == MASKED_LM:
-        special.append("<mask>")
-    bpe.train_from_iterator(texts, vocab_size=300, special_tokens=special, show_progress=False)
-    if TASKS[task].texts:  # encoder-decoders classify by the end of a text
-        bpe._tokenizer.post_processor = TemplateProcessing(
-            single="$A <|end|>", special_tokens=[("<|end|>", bpe.token_to_id("<|end|>"))]
-        )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<pad>"
-    )
-    if task == MASKED_LM:
-        tokenizer.mask_token = "<mask>"
+    # Encoder-decoders classify by the end of a text.
+    tokenizer = byte_tokenizer(texts, mask=task == MASKED_LM, ends=TASKS[task].texts)
     assert tokenizer.pad_token_id == PAD
     corpus = folder / "texts.jsonl"
     lines: list[dict[str, Any]] = [

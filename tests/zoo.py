@@ -387,7 +387,7 @@ TYPICAL = {
         bart convbert canine
         """
     ),
-    "token-classification": _words("deberta-v2 roberta xlm gpt2 llama-padding-of-its-own convbert"),
+    "token-classification": _words("deberta-v2 gpt2 llama-padding-of-its-own convbert"),
     "masked-lm": _words("albert bert-untied deberta-v2 electra roberta-padded longformer"),
     "multi-label-classification": _words("roberta"),
     "regression": _words("bart"),

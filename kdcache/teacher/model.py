@@ -40,7 +40,6 @@ from kdcache.teacher.probe import (
     check_steady,
     distance,
     find_layer,
-    head_of,
     probe_rows,
     prove_layer,
 )
@@ -150,23 +149,14 @@ class TeacherModel:
         raise AssertionError("rows one by one, by the model's own forward, are what is wanted")
 
     def _constants(self, row: Row) -> tuple[float, float | None, Tensor | None] | None:
-        """Scale, cap and offset of a plain output layer; None where logits are made in another
-        way.
+        """Scale, cap and offset of what the output layer gives; None where logits are made in
+        another way.
         """
-        if self._by_decoder:
-            found = head_of(self.model, row)
-            return None if found is None else (*found, None)
-        projection = Projection(self.model, self._inputs(row))
-        scale, layer = projection.scale, projection.layer
-        if scale is None or layer is None:
+        projection = Projection(self.model, self._inputs(row), product=False)
+        if projection.scale is None:
             return None
         self._thin = projection.thin
-        return scale, projection.cap, projection.offset
-
-    @property
-    def _by_decoder(self) -> bool:
-        """Whether the states that meet the output layer are what the decoder gives."""
-        return self.task.causal and not self.task.source
+        return projection.scale, projection.cap, projection.offset
 
     def _inputs(self, row: Row) -> dict[str, Tensor]:
         """What the model is given of a row."""
@@ -215,7 +205,7 @@ class TeacherModel:
             batch["wanted"] = np.flatnonzero(positions(wanted, self.task_name))
             # Causal attention never looks at padding on the right: no mask is needed, and without
             # one the fastest attention kernels apply.
-            if self._by_decoder:
+            if self.task.causal and not self.task.source:
                 del batch["attention_mask"]
             if self.task.source:
                 decoder, labels = (
@@ -237,10 +227,7 @@ class TeacherModel:
             return
         wanted = batch.pop("wanted")
         head = self.model.get_output_embeddings()
-        if self._by_decoder:
-            hidden = self.model.get_decoder()(**batch, use_cache=False).last_hidden_state
-        else:  # an encoder's states are transformed before they meet the output layer
-            hidden = layer_input(self.model, head, batch, thin=self._thin)
+        hidden = layer_input(self.model, head, batch, thin=self._thin)
         # The layers of a model that is spread move what they are given to their own devices; the
         # last one may live on another than the first.
         hidden = hidden.flatten(0, 1).index_select(0, wanted.to(hidden.device))

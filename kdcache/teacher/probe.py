@@ -16,22 +16,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.utils import ModelOutput
 
 from kdcache.errors import UsageError
 from kdcache.rows import Row
 from kdcache.targets import OutputLayer
-from kdcache.targets.output_layer import finish_
 from kdcache.tasks import IGNORE
-from kdcache.teacher.load import input_device, kept_loaded
-from kdcache.teacher.projection import Projection, named_constants
+from kdcache.teacher.load import kept_loaded
+from kdcache.teacher.projection import Projection
 
 TOLERANCES = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.1}
 """Share of the logits' spread that rounding may move them by: kernels for other shapes moved those
@@ -39,7 +36,6 @@ of a 6-layer encoder by 0.008 in bfloat16, and layers add up."""
 
 _TOKENS = 256
 _POSITIONS = 16
-_LARGE = 40.0  # soft-capping leaves small logits almost alone
 
 
 def probe_rows(rows: Sequence[Row], *, per_token: bool) -> list[Row]:
@@ -191,56 +187,6 @@ def check_source(name: str, own: Callable[[Row], Tensor], row: Row, want: Tensor
             f"model {name} gives the same logits for another source: it does not read it. Name "
             "another model."
         )
-
-
-@torch.inference_mode()
-def head_of(model: Any, row: Row) -> tuple[float, float | None] | None:
-    """Whether logits are the output layer applied to the decoder's last hidden state, and no more
-    than scaled (Granite, Cohere) and soft-capped (Gemma 2) by constants that the config names.
-
-    Found by replacing the decoder's output with large random states inside the model's own forward,
-    rather than from a list of architectures.
-
-    Returns:
-        Scale and cap, 1 and None of a plain layer; None where logits are made in another way.
-    """
-    decoder: Any = None
-    head: Any = None
-    with suppress(AttributeError, NotImplementedError):
-        decoder, head = model.get_decoder(), model.get_output_embeddings()
-    width = getattr(head, "in_features", None)
-    if decoder is None or decoder is model or width is None:
-        return None
-    given: list[Tensor] = []
-
-    def enlarge(_module: Any, _inputs: Any, output: Any) -> Any:
-        states = output.get("last_hidden_state") if isinstance(output, ModelOutput) else None
-        if states is None or states.shape[-1] != width:
-            return output
-        noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states)
-        size = head(noise).float().square().mean().sqrt().clamp_min(1e-3)
-        given.append(noise * (_LARGE / size).to(noise))
-        output["last_hidden_state"] = given[-1]
-        return output
-
-    hook = decoder.register_forward_hook(enlarge)
-    ids = torch.from_numpy(row.input_ids.astype(np.int64))[None].to(input_device(model))
-    try:
-        own = model(input_ids=ids, use_cache=False).logits
-    finally:
-        hook.remove()
-    if len(given) != 1:
-        return None
-    plain = head(given[0])
-    if plain.shape != own.shape:
-        return None
-    plain, own = plain[0].float().cpu(), own[0].float().cpu()
-
-    def moved(constants: tuple[float, float | None]) -> float:
-        return distance([own], [finish_(plain.clone(), *constants)])
-
-    best = min(named_constants(model.config), key=moved)
-    return best if moved(best) <= 0.1 * TOLERANCES["bfloat16"] else None
 
 
 _INSTEAD = "Use --codec sample:N, topk:K or dense for this teacher."

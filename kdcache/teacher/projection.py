@@ -49,25 +49,29 @@ class Projection:
             one number a batch stands for it.
     """
 
-    def __init__(self, student: nn.Module, inputs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, student: nn.Module, inputs: Mapping[str, Any], *, product: bool = True
+    ) -> None:
         """Measure.
 
         Args:
             inputs: a batch, of which some tokens are used.
+            product: whether the layer must be the product with its weight, as the fused loss takes
+                it; else it may be what a quantiser made, and is called.
         """
-        self.student = student
+        self.student, self._product = student, product
         self.scale: float | None = 1.0
         self.cap: float | None = None
         self.offset: Tensor | None = None
         self.thin = False
-        layer = _output_layer(student)
+        layer = _output_layer(student, product)
         found = None if layer is None else self._measure(layer, _few(inputs))
         self.scale, self.cap = found or (None, None)
 
     @property
     def layer(self) -> nn.Linear | None:
         """The output layer, if it makes the logits and is whole on this device."""
-        return None if self.scale is None else _output_layer(self.student)
+        return None if self.scale is None else _output_layer(self.student, self._product)
 
     def states(self, layer: nn.Linear, inputs: Mapping[str, Any]) -> Tensor:
         """The states [B, L', H] of its own forward: times `layer`, they are the logits."""
@@ -110,7 +114,7 @@ class Projection:
                 with torch.no_grad():
                     self.thin = self._widens(layer, inputs)
                     states = layer_input(self.student, layer, inputs, thin=self.thin)
-                    if not _is_product(layer, states):
+                    if self._product and not _is_product(layer, states):
                         return None
             except (RuntimeError, IndexError, ValueError, UsageError):
                 return None  # one column is not enough for what follows the layer
@@ -264,9 +268,11 @@ def _accepted(student: Any) -> set[str] | None:
     return None if further is None else names | further
 
 
-def _output_layer(student: Any) -> nn.Linear | None:
+def _output_layer(student: Any, product: bool) -> nn.Linear | None:
     getter = getattr(student, "get_output_embeddings", None)
-    layer = None if getter is None else getter()
+    layer: Any = None if getter is None else getter()
+    if not product:
+        return layer if isinstance(getattr(layer, "out_features", None), int) else None
     if type(layer) is not nn.Linear or hasattr(layer.weight, "device_mesh"):
         return None
     # Where weights are sharded, what is here may be a part or nothing.

@@ -200,38 +200,27 @@ def make_shards(
         UsageError: wrong options or input; nothing was written that a later run would trust.
         IncompleteError: interrupted, no space left, or spans set aside; the same command resumes.
     """
+    started = time.perf_counter()
     with interruptible() as interrupt:
         try:
-            return _begin(plan, out, options, on_progress, report, interrupt)
+            try_output(out)
+            report("reading what the options name")
+            made_of = plan()
+            store = made_of.kind.create_or_resume(
+                out,
+                made_of.spec,
+                tokenizer_files=made_of.tokenizer_files,
+                ranks=made_of.ranks,
+                output_layer=made_of.output_layer,
+                notes={**made_of.notes, "kdcache": __version__},
+            )
+            try:
+                driver = Driver(made_of.spans, on_progress, share=options.share, started=started)
+                missing = _make(made_of, options, store, driver, report, interrupt)
+            finally:
+                store.release()
         except KeyboardInterrupt:  # while planning or sealing; the driver has more to say
             raise IncompleteError(f"interrupted. {GO_ON}") from None
-
-
-def _begin(
-    make_plan: Callable[[], ShardPlan],
-    out: str,
-    options: WorkerOptions,
-    on_progress: Callable[[Progress], None] | None,
-    report: Callable[[str], None],
-    interrupt: Interrupt,
-) -> Made:
-    started = time.perf_counter()
-    try_output(out)
-    report("reading what the options name")
-    plan = make_plan()
-    store = plan.kind.create_or_resume(
-        out,
-        plan.spec,
-        tokenizer_files=plan.tokenizer_files,
-        ranks=plan.ranks,
-        output_layer=plan.output_layer,
-        notes={**plan.notes, "kdcache": __version__},
-    )
-    try:
-        driver = Driver(plan.spans, on_progress, share=options.share, started=started)
-        missing = _make(plan, options, store, driver, report, interrupt)
-    finally:
-        store.release()
     shards = tuple(driver.made.values()) if missing else store.manifest.shards
     return Made(store, driver, shards, len(missing), time.perf_counter() - started)
 

@@ -133,15 +133,14 @@ def plan_of(options: GenerateOptions) -> ShardPlan:
         UsageError: options or input that cannot be.
     """
     version = None
-    if options.engine == "vllm":
-        from kdcache.teacher.engine import engine_version
-
-        version = engine_version()
     model = TeacherFiles.find(
         options.model, trust_remote_code=options.trust_remote_code, weights=False, role="model"
     )
     model.check_task(CAUSAL_LM)
-    if version is not None:
+    if options.engine == "vllm":
+        from kdcache.teacher.engine import engine_version
+
+        version = engine_version()
         model.check_whole("--engine vllm")
     options = as_written(options)
     tokenizer = model.tokenizer
