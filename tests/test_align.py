@@ -200,6 +200,15 @@ def test_the_trial_finds_what_the_structure_does_not_show() -> None:
         TokenBytes(fast(Tokenizer.from_str(json.dumps(state))))
 
 
+def test_text_that_is_not_composed_keeps_its_bytes_under_nfc() -> None:
+    state = json.loads((HERE / "bytes" / "tokenizer.json").read_text())
+    state["normalizer"] = {"type": "NFC"}
+    tokens = TokenBytes(fast(Tokenizer.from_str(json.dumps(state)), eos_token="<|end|>"))
+    text = "n\u0303a"
+    (ids,) = tokens.tokenise([text], opens=True)
+    assert tokens.text_bytes(ids, text.encode()) is not None
+
+
 # Rows of documents, and what must come of them, found slowly
 
 
@@ -391,6 +400,15 @@ def test_the_first_token_after_a_prompt_and_one_across_its_end() -> None:
     assert found.chunk_bytes.sum() == len(b" boat saw")
     spoken = teacher.decode(answer, np.zeros(len(answer), bool))[0]
     assert spoken == b"e boat saw"
+
+
+def test_a_space_of_the_students_own_has_a_label_where_what_follows_has_one() -> None:
+    teacher, student = table("bytes"), table("first")
+    ids, _ = row_of(teacher, ["the boat", "\u4f60 cat"])
+    (found,) = Aligner(teacher, student).align([cached(ids, opens=True)])
+    (end, _) = np.flatnonzero(np.append(found.input_ids, found.labels[-1]) == student.eos_id)
+    assert student.tokens[found.input_ids[end + 1]] == b" "
+    assert found.labels[end] == found.input_ids[end + 1]
 
 
 def test_one_side_alone_opens_documents() -> None:

@@ -17,6 +17,7 @@ from kdcache.targets import Sample, position_uniform
 from kdcache.targets.device import Rule, sample_entries, top_entries
 from kdcache.targets.device.blocks import BLOCK, largest, open_blocks, read_blocks
 from kdcache.targets.device.threshold import blocked_sample, reference_sample, split
+from kdcache.teacher import logits_at
 
 
 def logits_like_a_teacher(n: int, vocabulary: int, seed: int = 0, scale: float = 3.0) -> Tensor:
@@ -319,6 +320,13 @@ def test_the_same_logits_at_each_temperature_are_those_of_one_teacher() -> None:
     want = sample_entries(z, u, constants)
     for name, value in sample_entries(z[:, None].expand(-1, 3, -1), u, constants).items():
         assert torch.equal(value, want[name]), name
+
+
+def test_logits_of_some_temperatures_are_found_by_their_temperature() -> None:
+    logits = torch.arange(24.0).view(2, 3, 4)
+    assert torch.equal(logits_at(logits, (1.0, 1.5, 2.0), (2.0, 1.0)), logits[:, [2, 0]])
+    one = logits[:, 0]
+    assert torch.equal(logits_at(one, (1.0, 1.5, 2.0), (2.0,)), one), "any teacher but such a mean"
 
 
 def test_the_check_of_bias_can_fail() -> None:
