@@ -204,7 +204,8 @@ def write(path: Path, texts: list[str]) -> None:
 
 def cut(path: Path) -> None:
     data = path.read_bytes()
-    path.write_bytes(data[: data.rindex(b"\n", 0, len(data) // 2) + 1])
+    half = len(data) // 2  # of compressed bytes none may be a line's end
+    path.write_bytes(data[: data.rfind(b"\n", 0, half) + 1 or half])
 
 
 def blank(path: Path) -> None:
