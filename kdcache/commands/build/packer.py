@@ -115,7 +115,9 @@ def codes_of(
         for name, (encode, stream) in _KEPT.items()
         if name in values
     }
-    return codes | ({"answer_logprob": values["label_logprob"].numpy()} if codes else {})
+    if "label_logprob" in codes:
+        codes["answer_logprob"] = values["label_logprob"].numpy()
+    return codes
 
 
 def packing_threads(device: str, cores: int) -> int:

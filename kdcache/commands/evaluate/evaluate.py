@@ -115,7 +115,7 @@ class _Evaluation:
         self.no_bytes = self._in_bytes(others)
         self.counts = self._zero()  # of the rows that are read or told now
         self.domains: dict[str | None, Counts] = {}
-        self.exact = self.entropies_known = True
+        self.exact = True
 
     def _zero(self) -> Counts:
         """Counts of no rows."""
@@ -166,7 +166,7 @@ class _Evaluation:
                 batch.targets = data.targets.take(numbers)
                 if data.label_logprob is not None:
                     batch.label_logprob = data.label_logprob[numbers]
-                if data.entropy is not None and math.isclose(self.temperature, 1.0):
+                if data.entropy is not None and self.rows.entropies_known:
                     batch.entropy = data.entropy[numbers]
             yield batch
         if data is not None and data.label_logprob is not None:
@@ -189,7 +189,7 @@ class _Evaluation:
                 self.in_bytes.add(rows, None if unknown else teacher, list(self.logprobs[1:]))
         total = self._zero().merge(self.domains.values())
         models = self.teacher, self.students, self.all_students
-        figures = Figures(self.rows, *models, self.exact, self.entropies_known)
+        figures = Figures(self.rows, *models, self.exact)
         tally = tally_of(total)
         if not total.rows:
             raise UsageError(f"{self.rows.source} has no rows to evaluate on.")
@@ -268,12 +268,11 @@ class _Evaluation:
                     if top is not None:
                         tally.add_agreement(predictions, top)
         assert done == len(labels), "the models answer every position"
-        if not self.exact:  # a cross-entropy, which exceeds KL by the teacher's entropy
-            self.entropies_known = self.entropies_known and batch.entropy is not None
-            if batch.entropy is not None:
-                nats = float(decode_entropies(batch.entropy).sum(dtype=np.float64))
-                for tally in self.counts.students:
-                    tally.soft -= nats
+        if not self.exact and batch.entropy is not None:
+            # Against samples, a cross-entropy was summed: it exceeds KL by the teacher's entropy.
+            nats = float(decode_entropies(batch.entropy).sum(dtype=np.float64))
+            for tally in self.counts.students:
+                tally.soft -= nats
         self.counts.positions += len(labels)
         if TASKS[self.task].words:
             self._add_words(batch.rows, labels, answers)

@@ -155,6 +155,12 @@ class EvaluationRows:
             return False
         return self.cache.codec().any_temperature or math.isclose(self.temperature, 1.0)
 
+    @property
+    def entropies_known(self) -> bool:
+        """Whether the cache has the entropy of its soft targets, which it keeps at T = 1."""
+        at_one = math.isclose(self.temperature, 1.0)
+        return self.cache is not None and self.cache.spec.entropy and at_one
+
     @cached_property
     def _corpus(self) -> Corpus:
         self.options.check_tokenizer(self.encoder_tokenizer)

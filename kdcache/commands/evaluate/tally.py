@@ -284,7 +284,6 @@ class Figures:
         students: those that read the rows as they are.
         all_students: all, in the order in which they were named.
         exact: whether all soft targets were distributions, and not samples of them.
-        entropies_known: whether the teacher's entropy is known where they were samples.
     """
 
     rows: EvaluationRows
@@ -292,7 +291,6 @@ class Figures:
     students: Sequence[LoadedModel]
     all_students: Sequence[LoadedModel]
     exact: bool
-    entropies_known: bool
 
     @property
     def soft(self) -> bool:
@@ -332,7 +330,7 @@ class Figures:
         return [found[id(model)] for model in self.all_students]
 
     def _scores(self, model: LoadedModel, tally: ModelTally) -> ModelScores:
-        found = tally.soft_figures(kl=self.entropies_known) if self.soft else {}
+        found = tally.soft_figures(kl=self.exact or self.rows.entropies_known) if self.soft else {}
         if not self._decides(tally):
             found["agreement"] = math.nan
         saved = model.saved
@@ -393,12 +391,12 @@ class Figures:
         """
         tally = tally_of(counts)
         yield from self.little_learnt(counts).values()
-        if self.students and not self.exact and self.entropies_known:
+        if self.students and not self.exact and self.rows.entropies_known:
             yield (
                 "The cache holds samples of the teacher: KL is right on average over their draws, "
                 "not at each position. Use --teacher to measure it exactly."
             )
-        elif self.students and not self.entropies_known:
+        elif self.students and not self.exact:
             yield (
                 "The cache holds samples of the teacher: soft cross-entropy is KL plus the "
                 "teacher's entropy, so differences in it are differences in KL. Use --teacher to "
