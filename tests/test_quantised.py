@@ -24,6 +24,7 @@ import kdcache
 from kdcache.cache import Cache
 from kdcache.errors import UsageError
 from kdcache.student import DistilledStudent, load_student
+from kdcache.teacher.trust import factory_of
 
 STUDENTS = """
 import fake_quantiser
@@ -104,6 +105,21 @@ def _plain_copy(run: str, folder: Path) -> Path:
     config.pop("kdcache_factory")
     (folder / "floats" / "config.json").write_text(json.dumps(config))
     return folder / "floats"
+
+
+def test_what_a_quantiser_converted_is_loaded_by_it_without_the_function(
+    students: str, tmp_path: Path
+) -> None:
+    """A run keeps no quantiser's configuration, which its floats would not fit; a converted model
+    has one, and the run's key with it."""
+    model = load_student(f"{students}:int4", OF_TINY)
+    before = {"quant_method": "gptq", "bits": 4}
+    model.config.quantization_config = before
+    DistilledStudent(model, "causal-lm").save_pretrained(tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert factory_of(config) == config["kdcache_factory"]
+    assert factory_of({**config, "quantization_config": before}) is None
 
 
 def test_a_function_that_changes_nothing_gives_an_ordinary_folder(

@@ -220,9 +220,9 @@ class DistilledStudent(nn.Module):
                 options = {"max_shard_size": "100TB", **options}  # `load_student` reads one file
             save(save_directory, **options)
             if getattr(self.student, "kdcache_changed", False):
-                config = json.loads((folder / "config.json").read_text())
-                config = json.dumps({**config, FACTORY_KEY: made_by}, indent=2)
-                (folder / "config.json").write_text(config + "\n")
+                config = json.loads((folder / "config.json").read_text()) | {FACTORY_KEY: made_by}
+                config.pop("quantization_config", None)  # what is saved are floats
+                (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             adapter = getattr(self.student, "kdcache_adapter", None)
             if adapter is not None:
                 from kdcache.teacher.adapter import complete_adapter

@@ -104,11 +104,12 @@ def check_config(who: str, config: Mapping[str, Any], *, trust_remote_code: bool
 
 def factory_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The Python function that makes a model, `factory`, and its argument, `info`, by the object in
-    its `config.json`; None of models that transformers makes.
+    its `config.json`; None of models that transformers makes, and of those that a quantiser has
+    converted: their configuration keeps the key, and their weights need no function.
     """
     if config.get("model_type") == FACTORY_TYPE:
         return config
-    found = config.get(FACTORY_KEY)
+    found = None if config.get("quantization_config") else config.get(FACTORY_KEY)
     return found if isinstance(found, Mapping) else None
 
 

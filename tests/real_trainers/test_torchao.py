@@ -88,3 +88,7 @@ def test_what_is_trained_is_what_torchao_converts_and_loads_again(
     converted.save_pretrained(tmp_path / "converted")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "converted", dtype=torch.float32)
     torch.testing.assert_close(logits_of(again, ids), computed)
+    # Of the run code of its own is run, of what torchao wrote none.
+    found = kdcache.evaluate(kdcache.EvaluateOptions((run,), cache=cache, trust_remote_code=True))
+    of_converted = kdcache.EvaluateOptions((str(tmp_path / "converted"),), cache=cache)
+    assert kdcache.evaluate(of_converted).models[-1].kl == pytest.approx(found.models[-1].kl)
