@@ -77,7 +77,7 @@ from kdcache.commands.demo.teacher import (
     write_jsonl,
 )
 from kdcache.plots import Cloud, Panel, plot_clouds
-from kdcache.targets import TopK
+from kdcache.targets import Codec
 from kdcache.tasks import CAUSAL_LM
 from kdcache.teacher import quiet_transformers
 
@@ -240,10 +240,9 @@ class Work:
         """A cache of the teacher; caches of codecs that draw nothing are shared by all seeds."""
         seed = seed if codec.startswith(("sample", "anchored")) else 0
         name = f"{corpus}-{codec.replace(':', '-')}-{seed}{'-floats' * floats}"
-        made = TopK._from_argument
-        with mock.patch.object(
-            TopK, "_from_argument", lambda *a: made(*a).in_floats() if floats else made(*a)
-        ):
+        made = Codec.parse
+        in_floats = staticmethod(lambda *a: made(*a).in_floats() if floats else made(*a))
+        with mock.patch.object(Codec, "parse", in_floats):
             build(
                 BuildOptions(
                     teacher=(str(self.teacher),),
