@@ -16,73 +16,9 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kdcache.cli.commands import public_names
-
-if TYPE_CHECKING:
-    from kdcache.align import Aligner, Alignment, CachedRow, TokenBytes
-    from kdcache.cache import Cache
-    from kdcache.commands.build.build import DryRun, build, dry_run
-    from kdcache.commands.build.make import BuildResult
-    from kdcache.commands.build.options import BuildOptions
-    from kdcache.commands.demo.demo import DemoResult, demo
-    from kdcache.commands.env import EnvResult, env
-    from kdcache.commands.evaluate.evaluate import evaluate
-    from kdcache.commands.evaluate.scores import EvaluateResult
-    from kdcache.commands.export import ExportResult, export
-    from kdcache.commands.finetune.finetune import FinetuneResult, finetune
-    from kdcache.commands.finetune.options import FinetuneOptions
-    from kdcache.commands.generate.generate import (
-        GenerateDryRun,
-        GenerateResult,
-        generate,
-        generate_dry,
-    )
-    from kdcache.commands.generate.options import GenerateOptions
-    from kdcache.commands.import_.import_ import import_
-    from kdcache.commands.import_.options import ImportOptions
-    from kdcache.commands.inspect import inspect
-    from kdcache.commands.inspect_result import InspectResult
-    from kdcache.commands.options import (
-        DemoOptions,
-        EnvOptions,
-        EvaluateOptions,
-        ExportOptions,
-        GcOptions,
-        InspectOptions,
-        PlanOptions,
-        PredictOptions,
-        PullOptions,
-        PushOptions,
-        RepairOptions,
-        ReportOptions,
-        SweepOptions,
-        TranscodeOptions,
-        VerifyOptions,
-    )
-    from kdcache.commands.plan.plan import plan
-    from kdcache.commands.plan.result import PlanResult
-    from kdcache.commands.predict import PredictResult, predict
-    from kdcache.commands.report.report import ReportResult, report
-    from kdcache.commands.run_folder import TrainResult
-    from kdcache.commands.share import ShareResult, pull, push
-    from kdcache.commands.sweep.results import SweepResult
-    from kdcache.commands.sweep.sweep import sweep
-    from kdcache.commands.train.options import TrainOptions
-    from kdcache.commands.train.train import train
-    from kdcache.commands.transcode import transcode
-    from kdcache.commands.upkeep import GcResult, RepairResult, gc, repair
-    from kdcache.commands.verify import VerifyResult, verify
-    from kdcache.errors import CorruptCacheError, IncompleteError, KdcacheError, UsageError
-    from kdcache.loss import distillation_loss, fused_linear_distillation
-    from kdcache.stream import Collator, SumOverRanks, TargetDataset, TargetStream
-    from kdcache.stream.cross import CrossTokenizer
-    from kdcache.stream.lookup import TargetLookup
-    from kdcache.stream.text import cached_rows
-    from kdcache.student import DistilledStudent, load_student
-    from kdcache.student.trainer import DistillationTrainer
-    from kdcache.targets import Codec, DenseTargets, SoftTargets, SparseTargets
 
 __version__ = "0.1.0"
 

@@ -108,10 +108,10 @@ for _ in range(3):
 
 
 def test_type_checkers_find_each_public_name_where_it_is() -> None:
-    tree = ast.parse(Path(kdcache.__file__).read_text())
-    (block,) = (n for n in tree.body if isinstance(n, ast.If) and "TYPE" in ast.unparse(n.test))
-    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
-    assert {name.name: node.module for node in imports for name in node.names} == kdcache._WHERE
+    tree = ast.parse(Path(kdcache.__file__).with_suffix(".pyi").read_text())
+    names = [(n, name) for n in tree.body if isinstance(n, ast.ImportFrom) for name in n.names]
+    assert {name.asname: node.module for node, name in names} == kdcache._WHERE
+    assert all(name.asname == name.name for _, name in names), "else strict checkers refuse it"
 
 
 def test_every_dependency_says_why_it_is_there() -> None:
