@@ -160,8 +160,8 @@ def measure(options: BuildOptions, block: int, model: Any = None) -> Sides:
             partial(_timed_build, sides, workers, part),
             partial(_timed_forward, sides, model, cut),
         ]
-        for turn in turns if start // block % 2 else reversed(turns):
-            turn()
+        for take in turns if start // block % 2 else reversed(turns):
+            take()
         sides.positions += sum(int((r.labels != IGNORE).sum()) for batch in cut for r in batch)
         print(
             f"  {sides.codec}, span {start + len(part)} of {len(spans)}: wall "
@@ -170,7 +170,7 @@ def measure(options: BuildOptions, block: int, model: Any = None) -> Sides:
         )
     workers.stop()
     del workers
-    sides.stages = stages(source.open(Cache.resume(options.out)), spans[0])
+    sides.stages = stages(source.open(options.out), spans[0])
     return sides
 
 
@@ -348,8 +348,8 @@ def sampler(vocab: int, positions: int, rounds: int, padding: int) -> str:
 def in_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of single calls, all ways in each round."""
     taken: dict[str, list[float]] = {way: [] for way in ways}
-    for way in ways.values():
-        way()
+    for encode in ways.values():
+        encode()
     for _ in range(rounds):
         for way, encode in ways.items():
             clock = Clock()

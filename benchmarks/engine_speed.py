@@ -89,7 +89,7 @@ class Kept:
             answer.add_done_callback(self._answered)
             return answer
 
-        Engine.ask = asked  # type: ignore[method-assign]
+        Engine.ask = asked  # type: ignore[assignment, method-assign]
 
     def _answered(self, answer: Future[torch.Tensor]) -> None:
         with self._lock:
@@ -182,7 +182,7 @@ def measure(
     """
     builds = {
         name: workers_of(
-            replace(options, engine=engine, engine_arg=args, out=f"{options.out}/{len(name)}")
+            replace(options, engine=engine, engine_arg=args, out=f"{options.out}/{len(name)}")  # type: ignore[arg-type]
         )
         for name, engine, args in (
             (ENGINE_BUILD, "vllm", ()),

@@ -33,6 +33,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import fidelity
+import numpy as np
 import torch
 from recovery import mean_error
 from references import random_sampling, top_k
@@ -118,7 +120,7 @@ def gradients(options: argparse.Namespace) -> dict[str, list[list[str]]]:
         return found
 
     def codec(name: str) -> Callable[[int, Tensor], Any]:
-        return lambda at, z: stored[name].take(range(at, at + len(z))).at(1.0)
+        return lambda at, z: stored[name].take(np.arange(at, at + len(z))).at(1.0)
 
     methods = {f"top-{k}, renormalised": (top(k), 3.0 * k) for k in (12, 50, 300)}
     methods |= {f"{n} random draws": (drawn(n), math.nan) for n in (12, 50)}
@@ -158,7 +160,9 @@ def gradients(options: argparse.Namespace) -> dict[str, list[list[str]]]:
             if name.startswith("`anchored"):  # theta is that of past steps: here of the same draws
                 found = gradient(states, targets, anchor)
             cosine = float(
-                nn.functional.cosine_similarity(*(g.double().ravel() for g in (found, full)), dim=0)
+                nn.functional.cosine_similarity(
+                    found.double().ravel(), full.double().ravel(), dim=0
+                )
             )
             ratio = float(found.norm() / full.norm())
             angle = math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
@@ -247,7 +251,7 @@ def learn(
     """A model, and what it knows at some of its steps."""
     model, generator = small(seed), torch.Generator().manual_seed(1000 + seed)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.98), weight_decay=0.0)
-    found = {}
+    found: dict[str, float] = {}
     for step in range(steps):
         decay = min(1.0, 4 * (1 - step / steps))  # over the last quarter
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50) * decay
@@ -421,7 +425,7 @@ def shares(options: argparse.Namespace, out: Path) -> tuple[Found, dict[str, flo
     for seed in SEEDS:
         for name, steps in runs:
             path = out / f"shares-{name}-{steps}-{seed}.json"
-            value = kept(path, lambda n=name, s=seed, k=steps: train(options, caches, n, s, k))
+            value = kept(path, partial(train, options, caches, name, seed, steps))
             for key, number in value.items():
                 found.setdefault(f"{name}, {steps} steps", {}).setdefault(key, []).append(number)
     start = measure(student_of(options, "all", 0), caches["held-out"])

@@ -55,13 +55,14 @@ from kdcache.rows import Row
 from kdcache.targets import (
     Codec,
     DenseTargets,
+    HiddenTargets,
     SoftTargets,
     SparseTargets,
     TargetWriter,
     position_uniform,
 )
 
-Targets = DenseTargets | SparseTargets
+Targets = DenseTargets | HiddenTargets | SparseTargets
 At = Callable[[np.ndarray], Targets]
 
 VOCABULARY = 2048

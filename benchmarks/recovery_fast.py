@@ -76,7 +76,7 @@ class _FastNvfp4Linear(nn.Linear):
         return nn.functional.linear(states, Nvfp4.apply(self.weight), self.bias)
 
 
-def _outcome(layer: nn.Module, states: Tensor) -> tuple[Tensor, Tensor]:
+def _outcome(layer: Any, states: Tensor) -> tuple[Tensor, Tensor]:
     """What a layer makes of states, and its weight's gradient."""
     made = layer(states)
     (gradient,) = torch.autograd.grad(made.square().sum(), [layer.weight])
@@ -97,6 +97,7 @@ def quicken(model: nn.Module, nvfp4: type[nn.Module], compared: int = 7) -> nn.M
     Raises:
         AssertionError: they differ.
     """
+    module: Any
     for module in list(model.modules()):
         quantiser = getattr(module, "weight_fake_quantizer", None)
         if quantiser is None and type(module) is not nvfp4:

@@ -128,7 +128,8 @@ def reading(options: argparse.Namespace) -> str:
     from kdcache.targets.soft import read_ranks
 
     compression: Any = importlib.import_module("distillkit.compression")
-    ranks, lines = stream.rank_table(options), []
+    ranks = stream.rank_table(options)
+    lines: list[list[Any]] = []
     codec = Codec.parse("sample:20", (1.0,), options.vocab)
     targets = stream.make_targets(codec, read_ranks(ranks, options.vocab), options)
     with tempfile.TemporaryDirectory() as scratch:

@@ -41,6 +41,7 @@ from kdcache.cache import Cache, CacheSpec, Manifest, ShardEntry, sealing
 from kdcache.cache.sealing import Receipts, remove_receipts
 from kdcache.commands.build.driver import Driver, Progress
 from kdcache.commands.build.on_ray import RayWorkers
+from kdcache.commands.build.options import WorkerOptions
 from kdcache.commands.build.packer import Pulse
 from kdcache.commands.build.source import TeacherSourceOptions
 from kdcache.commands.build.workers import EventLog, Job, SpanReport
@@ -276,7 +277,7 @@ def drive(count: int, workers: int, span_seconds: float) -> list[tuple[str, str]
             begin = time.process_time()
             driver.run(
                 lambda: [s for s in range(count) if s not in driver.made],
-                lambda: SimulatedWorkers(job, workers=workers, gpus=0, address=None, tell=log),
+                lambda: SimulatedWorkers(job, WorkerOptions(workers=workers), gpus=0, tell=log),
             )
             cpu = time.process_time() - begin
             size = (Path(folder) / "events.jsonl").stat().st_size
